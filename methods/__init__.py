@@ -1,1 +1,1 @@
-"""Merging methods: one file each. The folder is the list; see `_contract.py` for what a file may ask for."""
+"""Merging methods: one file each; the file's name is the method's name and its command."""

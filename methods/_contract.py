@@ -5,7 +5,12 @@ Nothing heavy is imported here, so that help texts and option checks never load 
 A method file holds one function, `merge` (task vectors to one) or `refine` (task vectors to better ones). The star
 rule: parameters before `*` are supplied by the lab, by name; parameters after it are the user's settings.
 
-Supplies: `task_vectors`, `base`, `experts`, `rng`, `masks`, `signs`. A supply with a default of None is optional.
+Supplies are listed in `SUPPLIES`. A supply with a default of None is optional.
+
+Facts at the top of a file: TITLE (as in the paper), PAPER, NEUTRAL (settings under which copies of one model merge to
+that model, or None with the reason beside it), and where they hold LINEAR (settings in which the merged task vector is
+linear), EXPERTS (least and most experts, None for no limit), EXTRA_BITS (bits kept per task and weight), PRESETS
+({name: settings}; a refinement's preset also names its "method").
 """
 
 from __future__ import annotations
@@ -17,9 +22,25 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 if TYPE_CHECKING:
     import torch
 
+SUPPLIES = {
+    "task_vectors": "expert minus base, lazily: weight name -> [task, *shape]",
+    "experts": "the experts' weights, lazily: weight name -> [task, *shape]; the method then yields weights",
+    "base": "the base's weights, lazily",
+    "rng": "rng(task, weight): a seeded generator of its own",
+    "masks": "masks drawn elsewhere: {task: {weight: 1 where kept}}",
+    "signs": "signs elected elsewhere: {weight: sign}",
+    "grams": "second moments of the inputs of linear layers, per task",
+    "fishers": "diagonal Fisher information, per task",
+    "entropy": "mean prediction entropy on unlabelled inputs, differentiable",
+}
+
 
 class MethodError(ValueError):
     """Bad input found by a method: one sentence for the user."""
+
+
+class MergeWarning(UserWarning):
+    """Something odd in the experts that leaves the result finite: one sentence for the user."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +61,13 @@ class OneOf:
     words: Sequence[str] | Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class Split:
+    """In NEUTRAL: a number to be divided by the number of tasks."""
+
+    total: float
+
+
 # A setting of this type may be given per task: it arrives as one number, or as one number per task in task order.
 PerTask: TypeAlias = float | Sequence[float]
 
@@ -49,10 +77,12 @@ Weights: TypeAlias = "Mapping[str, torch.Tensor]"
 class Rng(Protocol):
     """`rng(task, weight)`: a seeded CPU generator of its own, whatever the order, shards and threads."""
 
-    def __call__(self, task: str, weight: str) -> torch.Generator: ...
+    def __call__(self, task: str, weight: str) -> torch.Generator:
+        """Return the generator for one task's weight, at its start."""
+        ...
 
 
 # What `merge` yields for each weight: its name, the merged tensor, and where the method keeps something per task
-# the masks [task, *shape]. A method that takes `task_vectors` yields merged task vectors; one that takes `experts`
-# (the weights themselves) yields merged weights. A `merge` may end with `return {"rescalers": tensor[task]}`.
+# the masks [task, *shape]. A method that takes `experts` (the weights themselves) yields merged weights, any other
+# one merged task vectors. A `merge` may end with `return {"rescalers": tensor[task]}`.
 Merged: TypeAlias = "Iterator[tuple[str, torch.Tensor] | tuple[str, torch.Tensor, torch.Tensor]]"

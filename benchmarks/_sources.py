@@ -1,0 +1,114 @@
+"""Find a task's rows: the data folder first, then the local `datasets` cache, then the hub at its pinned revision."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from mergectl.benchmarks import _tables
+from mergectl.benchmarks._contract import BenchmarkError, Part, Task, Use
+from mergectl.benchmarks._tables import Table
+
+
+def find(task: Task, use: Use, data: Path | None) -> tuple[str, Table]:
+    """Return the split that was read and its table; say every place tried if there is none."""
+    part = task.parts[use]
+    if task.make is not None:
+        return part.split, Table(task.make(part.split), f"made by {task.name}")
+    columns = None if task.prepare else [*task.inputs, task.label]
+    if task.files:
+        return part.split, _tables.read(Path(task.files[use]), columns)
+    tried: list[str] = []
+    for split, files in _on_disk(task, part, data, tried):
+        return split, _tables.join([_tables.read(file, columns) for file in files])
+    return _from_hub(task, use, part, columns, data, tried)
+
+
+def _on_disk(task: Task, part: Part, data: Path | None, tried: list[str]) -> Iterator[tuple[str, list[Path]]]:
+    """Yield the split and files of each place that has them, the data folder before the cache."""
+    for split in (part.split, *part.instead):
+        if files := _in_folder(task, split, data, tried):
+            yield split, files
+    for split in (part.split, *part.instead):
+        if files := _in_cache(task, split):
+            yield split, files
+
+
+def _in_folder(task: Task, split: str, data: Path | None, tried: list[str]) -> list[Path]:
+    """Return `<source>/<config>/<split>.parquet` in the data folder, or its shards as the hub names them."""
+    if data is None:
+        return []
+    folder = Path(data) / task.source / task.config
+    whole = folder / f"{split}.parquet"
+    tried.append(f"there is no {whole}")
+    return [whole] if whole.is_file() else sorted(folder.glob(f"{split}-?????-of-?????.parquet"))
+
+
+def _in_cache(task: Task, split: str) -> list[Path]:
+    """Return the newest copy in the cache of the `datasets` library, of the pinned revision if there is one."""
+    if not task.hub:
+        return []
+    owner, _, name = task.hub.rpartition("/")
+    folder = _cache_folder() / "___".join(filter(None, [owner, name.lower()])) / task.config
+    copies = sorted(folder.glob(f"*/{task.revision or '*'}"), key=lambda copy: copy.stat().st_mtime, reverse=True)
+    for copy in copies:
+        files = sorted(copy.glob(f"*-{split}.arrow")) or sorted(copy.glob(f"*-{split}-?????-of-?????.arrow"))
+        if files:
+            return files
+    return []
+
+
+def _cache_folder() -> Path:
+    """Return where the `datasets` library keeps its copies, without importing it (that takes seconds)."""
+    if given := os.environ.get("HF_DATASETS_CACHE"):
+        return Path(given).expanduser()
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    return Path(home).expanduser() / "datasets"
+
+
+def _from_hub(
+    task: Task, use: Use, part: Part, columns: Sequence[str] | None, data: Path | None, tried: list[str]
+) -> tuple[str, Table]:
+    """Download the split at the pinned revision, or raise the error that tells all places tried."""
+    if task.hub:
+        tried.append(f"the datasets cache ({_cache_folder()}) has no {task.hub}, {task.config}")
+    for split in (part.split, *part.instead) if task.hub else ():
+        try:
+            return split, _tables.require(download(task, split), columns)
+        except _NoSplit as error:
+            tried.append(f"the hub's {task.hub} {error}")
+        except ConnectionError as error:
+            tried.append(f"the hub could not be reached ({error})")
+            break
+    where = Path(data or "DIR") / task.source / task.config / f"{part.split}.parquet"
+    hint = "" if data else " and pass --data DIR"
+    looked = "; ".join(tried) or "no data folder is given and it has no hub copy"
+    raise BenchmarkError(f"No rows for {task.id} ({use}): {looked}. Put them at {where}{hint}.")
+
+
+class _NoSplit(LookupError):
+    """The hub has the data set, but not this split."""
+
+
+def download(task: Task, split: str) -> Table:
+    """Load one split from the hub with the `datasets` library."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "TRUE", "YES", "ON"}:
+        raise ConnectionError("HF_HUB_OFFLINE is set")
+    from datasets import load_dataset
+
+    config = None if task.config == "default" else task.config
+    try:
+        rows = load_dataset(task.hub, config, split=split, revision=task.revision)
+    except ConnectionError:
+        raise
+    except ValueError as error:
+        if "split" in str(error).lower():
+            raise _NoSplit(f"has no split '{split}'") from error
+        raise BenchmarkError(f"The hub's {task.hub} could not be loaded: {error}") from error
+    except OSError as error:
+        raise ConnectionError(f"{type(error).__name__}: {error}") from error
+    names = {name: tuple(kind.names) for name, kind in rows.features.items() if hasattr(kind, "names")}
+    table = rows.with_format("arrow")[:]
+    place = f"hub {task.hub}@{task.revision or 'main'}"
+    return Table({name: table.column(name) for name in table.column_names}, place, None, names)

@@ -1,0 +1,120 @@
+"""Recipe and pipeline files: YAML checked against a schema, with the line and key of whatever is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mergectl.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    import yaml
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class MergeFile(BaseModel):
+    """A merge recipe: what `mergectl merge -c FILE` reads."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: str
+    experts: list[str] | dict[str, str]
+    base: str | None = None
+    settings: dict[str, Any] = Field(default_factory=dict)
+    refine: list[str | dict[str, dict[str, Any]]] = Field(default_factory=list)
+    seed: int = 0
+    dtype: str = "auto"
+    out: str | None = None
+    export: str | None = None
+    tasks: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+
+class PipelineFile(BaseModel):
+    """A pipeline: steps of verbs that `mergectl run` executes in order."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    title: str
+    paper: str | None = None
+    settings: dict[str, Any] = Field(default_factory=dict)  # overridable by --set, used as ${name}
+    steps: list[dict[str, Any]]
+    next: list[str] = Field(default_factory=list)  # commands to try afterwards
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping, or say which line is wrong."""
+    return _parse(path)[0]
+
+
+def read_file(path: Path, schema: type[Model]) -> Model:
+    """Read a YAML file and check it against `schema`; errors name the line and the key."""
+    content, lines = _parse(path)
+    try:
+        return schema.model_validate(content)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise UserError(_sentence(path, problem, lines, schema)) from error
+
+
+def _parse(path: Path) -> tuple[dict[str, Any], dict[tuple[Any, ...], int]]:
+    import yaml
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UserError(f"{path} cannot be read: {reason}.") from error
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        content = yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise UserError(f"{path}, line {line}: {error.problem or 'not valid YAML'}.") from error
+    if not isinstance(content, dict) or node is None:
+        raise UserError(f"{path}, line 1: a recipe is a mapping of keys to values.")
+    lines: dict[tuple[Any, ...], int] = {}
+    _number(node, (), lines)
+    return content, lines
+
+
+def _number(node: yaml.Node, place: tuple[Any, ...], lines: dict[tuple[Any, ...], int]) -> None:
+    """Note the line of every key and list item."""
+    import yaml
+
+    lines.setdefault(place, node.start_mark.line + 1)
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            lines[(*place, key.value)] = key.start_mark.line + 1
+            _number(value, (*place, key.value), lines)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            _number(value, (*place, index), lines)
+
+
+def _sentence(path: Path, problem: Mapping[str, Any], lines: Mapping[tuple[Any, ...], int], schema: type[BaseModel]) -> str:
+    place = tuple(problem["loc"])
+    key = ".".join(str(part) for part in place)
+    line = next((lines[place[:n]] for n in range(len(place), -1, -1) if place[:n] in lines), 1)
+    if problem["type"] == "missing":
+        return f"{path}: the key '{key}' is missing."
+    if problem["type"] == "extra_forbidden":
+        return f"{path}, line {line}: unknown key '{key}'.{did_you_mean(str(place[-1]), schema.model_fields)}"
+    return f"{path}, line {line}, key '{key}': {problem['msg']}, got {problem['input']!r}."
+
+
+def named(items: Sequence[str] | Mapping[str, str]) -> tuple[tuple[str | None, str], ...]:
+    """Experts as (task or None, model): from a list of `model` or `task=model`, or a mapping."""
+    if isinstance(items, Mapping):
+        return tuple(items.items())
+    return tuple(_split(item) for item in items)
+
+
+def _split(item: str) -> tuple[str | None, str]:
+    task, equals, ref = item.partition("=")
+    if not equals or Path(item).is_dir():
+        return None, item
+    return task, ref

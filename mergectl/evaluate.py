@@ -1,0 +1,87 @@
+"""Score a model on tasks: an expert, a merged folder, or a base that borrows the experts' heads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergectl.bench import Bench, bench_of, make_bench, score_model
+from mergectl.errors import UserError
+from mergectl.heads import open_live, own_tasks_of
+from mergectl.live import LiveModel
+
+if TYPE_CHECKING:
+    from mergectl.benchmarks._contract import Task, Use
+    from mergectl.checkpoints import Checkpoint
+
+__all__ = ["Bench", "Evaluation", "LiveModel", "bench_of", "evaluate", "make_bench", "open_live", "score_model"]
+
+BOOKKEEPING = ("seconds", "examples")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The scores of one model: `metrics[task]["score"]` is the task's main metric."""
+
+    model: str
+    split: str
+    metrics: Mapping[str, Mapping[str, float]]
+    seconds: Mapping[str, float]
+    examples: Mapping[str, int]
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Task -> main metric."""
+        return {task: found["score"] for task, found in self.metrics.items()}
+
+    @property
+    def mean(self) -> float:
+        """The mean of the tasks' main metrics."""
+        return sum(self.scores.values()) / len(self.scores)
+
+
+def evaluate(
+    model_ref: str | Path | Checkpoint,
+    tasks: Sequence[str | Task] | str | None = None,
+    *,
+    split: Use = "report",
+    data: Path | str | None = None,
+    batch_size: int = 64,
+    limit: int | None = None,
+    device: str = "auto",
+    dtype: str = "float32",
+    heads: Mapping[str, str | Path | Checkpoint] | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+    seed: int = 0,
+) -> Evaluation:
+    """Score a model on tasks (default: those it has heads for); `heads` names an expert per task to borrow from."""
+    chosen = as_tasks(tasks if tasks is not None else own_tasks_of(model_ref), model_ref)
+    live = open_live(model_ref, chosen, heads=heads, device=device)
+    folder = None if data is None else Path(data)
+    found: dict[str, dict[str, float]] = {}
+    for task in chosen:
+        bench = make_bench(task, live.preparer, split=split, data=folder, limit=limit, batch_size=batch_size, seed=seed)
+        found[task.id] = score_model(live, bench, dtype=dtype, progress=progress)
+    return Evaluation(
+        model=str(getattr(model_ref, "ref", model_ref)),
+        split=split,
+        metrics={t: {k: v for k, v in m.items() if k not in BOOKKEEPING} for t, m in found.items()},
+        seconds={task: metrics["seconds"] for task, metrics in found.items()},
+        examples={task: int(metrics["examples"]) for task, metrics in found.items()},
+    )
+
+
+def as_tasks(tasks: Sequence[str | Task] | str, model: Any = None) -> list[Task]:
+    """Task words or tasks to tasks."""
+    words = [tasks] if isinstance(tasks, str) else list(tasks)
+    if not words:
+        raise UserError(f"{model} does not say which tasks it has heads for. Name them: --on glue/rte,glue/cola")
+    return [found for word in words for found in (_resolved(word) if isinstance(word, str) else [word])]
+
+
+def _resolved(word: str) -> list[Task]:
+    from mergectl.tasks import resolve
+
+    return resolve([word])

@@ -1,0 +1,184 @@
+"""Open a model for tasks, each with its head: from the model itself, a merged folder's `tasks/`, or an expert."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergectl.checkpoints import Checkpoint, read_json
+from mergectl.errors import UserError
+from mergectl.live import LiveModel
+from mergectl.models import Source, empty_model, fill, model_config, open_source, pick_device, preparer_for
+from mergectl.naming import is_backbone, live_tensors, match
+
+if TYPE_CHECKING:
+    import torch
+
+    from mergectl.benchmarks._contract import Task
+
+UNIFIED = "unified.safetensors"
+
+
+def open_live(
+    model: str | Path | Checkpoint,
+    tasks: Sequence[Task],
+    *,
+    heads: Mapping[str, str | Path | Checkpoint] | None = None,
+    device: str = "auto",
+    max_length: int | None = None,
+) -> LiveModel:
+    """Load a model once and put on the heads of these tasks: its own, its `tasks/` folder's, or those of experts."""
+    source = open_source(model)
+    if source.weights is None:
+        raise UserError(f"{source.ref} is a bare configuration without weights. Fine-tune it first: mergectl finetune.")
+    if not tasks:
+        raise UserError("Name at least one task to evaluate on.")
+    _one_kind(tasks)
+    config = model_config(source, tasks[0])
+    length = max_length or source.meta.get("recipe", {}).get("max_length")
+    preparer = preparer_for(source, config, tasks[0], length)
+    built = empty_model(config, tasks[0])
+    unset = fill(built, source.weights, source.ref, with_head=False)
+    prefix = built.base_model_prefix
+    live = LiveModel(built, preparer, pick_device(device), pooled={s for s in unset if is_backbone(s, prefix)})
+    live.unused = frozenset(match(source.weights, live_tensors(built), prefix)[1])
+    add_heads(live, source, tasks, heads or {})
+    return live
+
+
+def _one_kind(tasks: Sequence[Task]) -> None:
+    images = [task.id for task in tasks if task.kind == "image_classification"]
+    texts = [task.id for task in tasks if task.kind != "image_classification"]
+    if images and texts:
+        raise UserError(f"No model reads both images ({images[0]}) and texts ({texts[0]}). Evaluate them apart.")
+
+
+def add_heads(
+    live: LiveModel, source: Source, tasks: Sequence[Task], given: Mapping[str, str | Path | Checkpoint]
+) -> None:
+    """Register the head of every task in a live model; a task without one is an error that says what there is."""
+    stored = stored_heads(source)
+    for task in tasks:
+        ref = given.get(task.id, given.get(task.name))
+        info = stored.get(task.id, stored.get(task.name))
+        if ref is not None:
+            _from_expert(live, task, open_source(ref), info, source)
+        elif info is not None:
+            _from_folder(live, task, info, source)
+        elif _is_own(source, task):
+            _from_expert(live, task, source, None, source)
+        else:
+            raise UserError(_no_head(source, task, stored))
+    if source.folder is not None and (source.folder / UNIFIED).exists():
+        live.keep(open_safetensors(source.folder / UNIFIED))
+
+
+def stored_heads(source: Source) -> dict[str, dict[str, Any]]:
+    """Task id (or short name where the id is not known) -> what a merged folder says of its head."""
+    if source.weights is None:
+        return {}
+    return {str(info.get("task") or short): info for short, info in source.weights.heads.items()}
+
+
+def own_tasks_of(model: str | Path | Checkpoint) -> list[str]:
+    """The tasks that a model brings heads for."""
+    source = open_source(model)
+    return list(stored_heads(source)) or ([source.trained_on] if source.trained_on else [])
+
+
+def _is_own(source: Source, task: Task) -> bool:
+    """Whether the model is an expert for this task; one of unknown origin is taken at its word."""
+    if source.trained_on is not None or source.weights is None:
+        return source.trained_on == task.id
+    architecture = (source.config.get("architectures") or [""])[0]
+    return "Classification" in architecture and not source.weights.heads and source.meta.get("kind") is None
+
+
+def _from_expert(live: LiveModel, task: Task, expert: Source, info: Mapping[str, Any] | None, model: Source) -> None:
+    if expert.weights is None:
+        raise UserError(f"{expert.ref} holds no weights, so it has no head for {task.id}.")
+    live.add_head(
+        task, expert.weights, ref=expert.ref, labels=_labels(expert.meta, expert.config),
+        **_kept(live, info, model),
+    )  # fmt: skip
+
+
+def _from_folder(live: LiveModel, task: Task, info: Mapping[str, Any], model: Source) -> None:
+    folder = Path(info["folder"])
+    path = folder / "head.safetensors"
+    if not path.exists():
+        raise UserError(f"{model.ref}: the head of {task.id} is gone; {path} does not exist.")
+    config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    live.add_head(task, open_safetensors(path), ref=str(path), labels=_labels(info, config), **_kept(live, info, model))
+
+
+def _kept(live: LiveModel, info: Mapping[str, Any] | None, model: Source) -> dict[str, Any]:
+    """The masks and the rescaler stored for a task, where the merge kept some."""
+    if info is None or not (path := Path(info["folder"]) / "masks.safetensors").exists():
+        return {}
+    return {"masks": PackedMasks(open_safetensors(path), live), "rescaler": float(info.get("rescaler", 1.0))}
+
+
+def _labels(meta: Mapping[str, Any], config: Mapping[str, Any]) -> list[str] | None:
+    if meta.get("labels"):
+        return [str(name) for name in meta["labels"]]
+    names = config.get("id2label") or {}
+    return [str(names[key]) for key in sorted(names, key=int)] or None
+
+
+def _no_head(source: Source, task: Task, stored: Mapping[str, Any]) -> str:
+    there = list(stored) or ([source.trained_on] if source.trained_on else [])
+    has = f"only for {', '.join(map(str, there))}" if there else "nor for any other task"
+    return (
+        f"{source.ref} has no head for {task.id}, {has}. Name an expert that has one, "
+        f"or make it: mergectl finetune {task.id} --base {source.ref}"
+    )
+
+
+class PackedMasks(Mapping[str, "torch.Tensor"]):
+    """Masks stored as bits, unpacked one weight at a time."""
+
+    def __init__(self, packed: Mapping[str, torch.Tensor], live: LiveModel) -> None:
+        self._packed, self._live = packed, live
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        from mergectl.merge import unpack_bits
+
+        slot = self._live.slot(name)
+        if slot is None:
+            raise UserError(f"There is a mask for '{name}', which the {self._live.prefix} model does not have.")
+        return unpack_bits(self._packed[name], self._live.backbone[slot].shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._packed)
+
+    def __len__(self) -> int:
+        return len(self._packed)
+
+
+class _File(Mapping[str, "torch.Tensor"]):
+    """A safetensors file, read lazily."""
+
+    def __init__(self, file: Any) -> None:
+        self._file, self._names = file, list(file.keys())
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        tensor: torch.Tensor = self._file.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def open_safetensors(path: Path) -> Mapping[str, torch.Tensor]:
+    """Open a safetensors file as a lazy mapping."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return _File(safe_open(path, framework="pt"))
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not a whole safetensors file ({error}). Merge again.") from error

@@ -1,0 +1,130 @@
+"""The lab a command works in: its store, its data, its device, and what is recorded about the machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergectl.errors import UserError
+from mergectl.terminal import Terminal
+
+if TYPE_CHECKING:
+    from mergectl.benchmarks._contract import Task
+    from mergectl.store import Run, Store
+
+RECORDED = (
+    "mergectl", "torch", "transformers", "datasets", "safetensors", "peft", "accelerate", "optuna", "cmaes", "duckdb",
+    "numpy", "scikit-learn",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Lab:
+    """Where results go, where data come from, and how the command talks."""
+
+    store_path: Path = Path("lab/mergectl.duckdb")
+    data: Path | None = None
+    own_tasks: Path | None = None  # a recipe that declares the user's own tasks
+    device: str = "auto"
+    seed: int = 0
+    terminal: Terminal = field(default_factory=Terminal)
+    command: tuple[str, ...] = ()
+
+    @property
+    def folder(self) -> Path:
+        """The lab folder: the store's own."""
+        return self.store_path.parent
+
+    @cached_property
+    def store(self) -> Store:
+        """The experiment store."""
+        from mergectl.store import Store
+
+        return Store(self.store_path)
+
+    def tasks(self, words: Sequence[str]) -> list[Task]:
+        """Turn task arguments into tasks, the user's own included."""
+        from mergectl.tasks import own_tasks, resolve
+
+        return resolve(words, own_tasks(self.own_tasks))
+
+    def start(self, kind: str, config: Mapping[str, Any], **facts: Any) -> Run:
+        """Begin a run: a row from its first moment."""
+        return self.store.start(
+            kind,
+            config=dict(config),
+            seed=facts.pop("seed", self.seed),
+            command=list(self.command),
+            environment=environment(self.device),
+            **facts,
+        )
+
+    def done(self, kind: str, config: Mapping[str, Any], seed: int | None = None) -> dict[str, Any] | None:
+        """A finished run of exactly this work whose model is still there, so that it need not be done again."""
+        from mergectl.store import digest_of
+
+        run = self.store.finished(digest_of(dict(config)), kind=kind)
+        if run is None or run["seed"] != (self.seed if seed is None else seed):
+            return None
+        models = [Path(a["path"]) for a in run["artifacts"] if a["kind"] == "model"]
+        return run if all(path.is_dir() for path in models) else None
+
+    def find_run(self, ref: str) -> Path | None:
+        """The model folder that a run of this store wrote, or None if there is no such run."""
+        if not self.store_path.parent.exists():
+            return None
+        run = self.store.find(ref)
+        if run is None:
+            return None
+        for artifact in run.get("artifacts", ()):
+            if artifact["kind"] == "model":
+                path = Path(artifact["path"])
+                if not path.is_dir():
+                    raise UserError(f"Run {run['run_id']} wrote {path}, which is gone.")
+                return path
+        raise UserError(f"Run {run['run_id']} ({run['kind']}, {run['status']}) has no model.")
+
+    def torch_device(self) -> str:
+        """The device to compute on; `auto` takes CUDA, then Apple's MPS, then the processor."""
+        import torch
+
+        if self.device != "auto":
+            if self.device.startswith("cuda") and not torch.cuda.is_available():
+                raise UserError(f"--device {self.device}: this machine has no usable CUDA device. Try --device cpu.")
+            return self.device
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def versions() -> dict[str, str]:
+    """The versions of what decides a number, from package metadata alone."""
+    found = {"python": platform.python_version()}
+    for name in RECORDED:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def environment(device: str) -> dict[str, str]:
+    """What is recorded about the machine with every run."""
+    facts = {f"version.{name}": text for name, text in versions().items()}
+    return facts | {
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "cores": str(os.cpu_count()),
+        "device": device,
+        "working_folder": str(Path.cwd()),
+        "executable": Path(sys.executable).name,
+    }

@@ -1,0 +1,206 @@
+"""Build live models for a task from a folder, a hub id or a bare configuration, always in float32."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergectl.checkpoints import INDEX as SHARDED
+from mergectl.checkpoints import PICKLED, PICKLED_INDEX, Checkpoint, find_folder, open_checkpoint, read_json
+from mergectl.checkpoints import SINGLE as WHOLE
+from mergectl.errors import UserError
+from mergectl.naming import is_backbone, live_tensors, match
+from mergectl.preprocess import Preparer, image_preparer, text_preparer
+
+if TYPE_CHECKING:
+    import torch
+
+    from mergectl.benchmarks._contract import Task
+
+WEIGHTS = (WHOLE, SHARDED, PICKLED, PICKLED_INDEX, "adapter_config.json")
+LABEL_KEYS = ("num_labels", "id2label", "label2id", "problem_type")
+SET_ANEW = (*LABEL_KEYS, "dtype", "torch_dtype", "architectures", "model_type")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from; `weights` is None for a bare configuration."""
+
+    ref: str
+    folder: Path | None
+    config: Mapping[str, Any]
+    weights: Checkpoint | None
+    meta: Mapping[str, Any]
+
+    @property
+    def trained_on(self) -> str | None:
+        """The task whose head the model carries, where it says so."""
+        task = self.meta.get("task")
+        return str(task) if task else None
+
+
+def open_source(ref: str | Path | Checkpoint) -> Source:
+    """Open a model folder, an adapter, a hub id, a JSON configuration, or a folder that holds only `config.json`."""
+    if isinstance(ref, Checkpoint):
+        return Source(ref.ref, ref.folder, ref.config, ref, ref.meta)
+    path = Path(ref).expanduser()
+    if path.is_file() and path.suffix == ".json":
+        return Source(str(ref), None, read_json(path), None, {})
+    folder = find_folder(ref)
+    if (folder / "config.json").exists() and not any((folder / name).exists() for name in WEIGHTS):
+        return Source(str(ref), folder, read_json(folder / "config.json"), None, {})
+    found = open_checkpoint(folder)
+    return Source(str(ref), folder, found.config, found, found.meta)
+
+
+def model_config(source: Source, task: Task) -> Any:
+    """The transformers configuration of a source, with the labels of a task."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import CONFIG_MAPPING
+
+    kind = source.config.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        raise UserError(f"{source.ref}: its configuration says model_type '{kind}', which transformers does not know.")
+    _check_reads(source, str(kind), task)
+    facts = {key: value for key, value in source.config.items() if key not in SET_ANEW}
+    try:
+        config = CONFIG_MAPPING[kind].from_dict(facts)
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        raise UserError(f"{source.ref}: its configuration is no valid {kind} configuration: {error}") from error
+    names = task.labels or ("score",)
+    config.num_labels = len(names)
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: index for index, name in enumerate(names)}
+    config.problem_type = "regression" if task.kind == "regression" else "single_label_classification"
+    return config
+
+
+def _check_reads(source: Source, kind: str, task: Task) -> None:
+    """Refuse a text task on an image model and the reverse, and models without a classifier."""
+    from transformers.models.auto import modeling_auto as auto
+
+    images = auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+    texts = auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    wants_images = task.kind == "image_classification"
+    if kind in (images if wants_images else texts):
+        return
+    if kind in (texts if wants_images else images):
+        reads, has = ("images", "texts") if wants_images else ("texts", "images")
+        raise UserError(f"{task.id} is made of {reads}, but {source.ref} is a {kind} model, which reads {has}.")
+    raise UserError(f"{source.ref} is a {kind} model; transformers has no classifier for those.")
+
+
+def auto_class(task: Task) -> Any:
+    """The transformers class that builds a classifier for a task."""
+    from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
+
+    images = task.kind == "image_classification"
+    return AutoModelForImageClassification if images else AutoModelForSequenceClassification
+
+
+def new_model(config: Any, task: Task, seed: int) -> Any:
+    """A model with fresh weights, the same for the same seed, leaving the global generator alone."""
+    import torch
+
+    with quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return auto_class(task).from_config(config, dtype=torch.float32)
+
+
+def empty_model(config: Any, task: Task, device: str = "cpu") -> Any:
+    """A model whose weights are not set; on device `meta` it has only names and shapes."""
+    import torch
+    from transformers.initialization import no_init_weights
+
+    with quiet(), no_init_weights(), torch.device(device):
+        return auto_class(task).from_config(copy.deepcopy(config), dtype=torch.float32)
+
+
+def preparer_for(source: Source, config: Any, task: Task, max_length: int | None = None) -> Preparer:
+    """The preprocessing that belongs to a model: its tokenizer, or its image size."""
+    if task.kind == "image_classification":
+        return image_preparer(source.folder, source.ref, config)
+    return text_preparer(source.folder, source.ref, config, max_length)
+
+
+def fill(model: Any, weights: Mapping[str, torch.Tensor], ref: str, *, with_head: bool) -> set[str]:
+    """Copy a checkpoint into a live model; return the slots it left unset (the head, or what the base lacks).
+
+    A weight of the backbone may only be lacking if it is a pooler: those are trained with the head.
+    """
+    slots, prefix = live_tensors(model), model.base_model_prefix
+    found, _ = match(weights, slots, prefix)
+    if not with_head:
+        found = {slot: name for slot, name in found.items() if is_backbone(slot, prefix)}
+    check_complete(slots, found, prefix, ref, with_head=with_head)
+    for slot, name in found.items():
+        put(slots[slot], weights[name], slot, ref)
+    same = {id(slots[slot]) for slot in found}
+    return {slot for slot, tensor in slots.items() if id(tensor) not in same}
+
+
+def check_complete(
+    slots: Mapping[str, torch.Tensor], found: Mapping[str, str], prefix: str, ref: str, *, with_head: bool
+) -> None:
+    """Refuse weights that would leave parts of the model random."""
+    same = {id(slots[slot]) for slot in found}
+    for slot, tensor in slots.items():
+        if id(tensor) in same:
+            continue
+        inside = is_backbone(slot, prefix)
+        if (inside and ".pooler." not in slot) or with_head:
+            part = "weight" if inside else "head weight"
+            raise UserError(f"{ref} has no {part} '{slot}', so it is no {prefix} model that can be loaded here.")
+
+
+def put(slot: torch.Tensor, weight: torch.Tensor, name: str, ref: str) -> None:
+    """Copy one weight into its place in a live model."""
+    import torch
+
+    if slot.shape != weight.shape:
+        raise UserError(f"'{name}' has shape {list(weight.shape)} in {ref}, but the model needs {list(slot.shape)}.")
+    with torch.no_grad():
+        slot.copy_(weight)
+
+
+def build(source: Source, task: Task, *, seed: int = 0, from_scratch: bool = False) -> Any:
+    """A model to train on a task: the source's backbone, and a fresh head unless it has one for this very task."""
+    config = model_config(source, task)
+    model = new_model(config, task, seed)
+    if source.weights is not None and not from_scratch:
+        fill(model, source.weights, source.ref, with_head=source.trained_on == task.id)
+    return model
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers from printing advice and progress bars; its former settings come back afterwards."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def pick_device(device: str = "auto") -> str:
+    """`auto` is the first accelerator that torch can use, else the CPU."""
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {device}: torch sees no CUDA device here. Use --device cpu or auto.")
+    try:
+        return str(torch.device(device))
+    except RuntimeError as error:
+        raise UserError(f"There is no device '{device}'. Use auto, cpu, cuda, cuda:1 or mps.") from error

@@ -1,0 +1,169 @@
+"""Options: those every command has, those a method's settings become. Only here Typer meets our settings."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mergectl.lab import Lab
+from mergectl.terminal import Terminal
+
+if TYPE_CHECKING:
+    from mergectl.settings import Setting
+
+ALWAYS = "Always there"
+SPREAD = ("--experts", "--on", "--heads")  # `--experts A B C` means `--experts A --experts B --experts C`
+GLOBAL_FLAGS = ("--json", "--quiet", "-q", "--debug")
+GLOBAL_VALUES = ("--store", "--data", "--tasks", "--seed", "--device")
+
+Store = Annotated[
+    Path, typer.Option("--store", envvar="MERGECTL_STORE", help="The DuckDB store; the lab is its folder.", rich_help_panel=ALWAYS)
+]
+Data = Annotated[
+    Path | None,
+    typer.Option("--data", envvar="MERGECTL_DATA", help="Folder of <dataset>/<config>/<split>.parquet.", rich_help_panel=ALWAYS),
+]
+Tasks = Annotated[
+    Path | None,
+    typer.Option("--tasks", envvar="MERGECTL_TASKS", help="A recipe that declares your own tasks (files/...).", rich_help_panel=ALWAYS),
+]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of every random draw.", rich_help_panel=ALWAYS)]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.", rich_help_panel=ALWAYS)]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.", rich_help_panel=ALWAYS)]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.", rich_help_panel=ALWAYS)]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=ALWAYS)]
+
+COMMON: dict[str, tuple[Any, Any]] = {
+    "store": (Store, Path("lab/mergectl.duckdb")),
+    "data": (Data, None),
+    "tasks": (Tasks, None),
+    "seed": (Seed, 0),
+    "device": (Device, "auto"),
+    "as_json": (Json, False),
+    "quiet": (Quiet, False),
+    "debug": (Debug, False),
+}
+
+
+def command(function: Callable[..., Any], extra: Mapping[str, tuple[Any, Any]] | None = None) -> Callable[..., Any]:
+    """Give a verb the options that every command has: it gets them as one `Lab`, its first argument.
+
+    `extra` are further options, {name: (annotation, default)}; they arrive as keyword arguments.
+    """
+
+    @functools.wraps(function)
+    def wrapped(**values: Any) -> Any:
+        common = {name: values.pop(name) for name in COMMON}
+        return function(_lab(common), **values)
+
+    own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
+    own = [p for p in own if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    more = {**(extra or {}), **COMMON}
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    added = [inspect.Parameter(n, keyword, default=d, annotation=a) for n, (a, d) in more.items()]
+    positional = [p.replace(kind=keyword) for p in own]
+    wrapped.__signature__ = inspect.Signature([*positional, *added])  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {p.name: p.annotation for p in [*positional, *added]}
+    del wrapped.__wrapped__
+    return wrapped
+
+
+def _lab(common: Mapping[str, Any]) -> Lab:
+    return Lab(
+        store_path=common["store"],
+        data=common["data"],
+        own_tasks=common["tasks"],
+        device=common["device"],
+        seed=common["seed"],
+        terminal=Terminal(quiet=common["quiet"], as_json=common["as_json"]),
+        command=("mergectl", *sys.argv[1:]),
+    )
+
+
+def setting_options(settings: Mapping[str, Setting]) -> dict[str, tuple[Any, Any]]:
+    """A method's settings as options: {parameter: (annotation, default)}."""
+    return {f"set_{name}": (_option(setting), None) for name, setting in settings.items()}
+
+
+def _option(setting: Setting) -> Any:
+    flag = "--" + setting.name.replace("_", "-")
+    option = typer.Option(
+        flag,
+        help=f"{setting.help} {_range(setting)}",
+        metavar=metavar(setting),
+        rich_help_panel="Settings",
+        show_default=False,
+    )
+    return Annotated[list[str] | None, option]
+
+
+def metavar(setting: Setting) -> str:
+    """What stands after the option's name: NUMBER, WHOLE, YES/NO or the words."""
+    return {"float": "NUMBER", "int": "WHOLE", "bool": "true|false"}.get(setting.type) or "|".join(map(str, setting.words))
+
+
+def _range(setting: Setting) -> str:
+    """Range and default in brackets, as the help shows them."""
+    parts = []
+    if setting.between is not None:
+        low, high = ("(" if setting.between.low_open else "["), (")" if setting.between.high_open else "]")
+        parts.append(f"{low}{setting.between.low:g}, {setting.between.high:g}{high}")
+    if setting.per_task:
+        parts.append("may differ per task")
+    parts.append(f"default {setting.default}".lower() if isinstance(setting.default, bool) else f"default {setting.default}")
+    return "\\[" + "; ".join(parts) + "]"
+
+
+def given_settings(values: Mapping[str, Any], settings: Mapping[str, Setting]) -> dict[str, Any]:
+    """The settings that the user typed, parsed; the others keep their defaults."""
+    from mergectl.settings import parse
+
+    typed = {name: values.get(f"set_{name}") for name in settings}
+    return {name: parse(settings[name], ",".join(texts)) for name, texts in typed.items() if texts}
+
+
+def arrange(args: Sequence[str]) -> list[str]:
+    """Let the command line be written as people write it.
+
+    Options of every command may stand before the verb, and `--experts A B C` takes all that follows.
+    """
+    front, rest = _front(list(args))
+    spread: list[str] = []
+    index = 0
+    while index < len(rest):
+        word = rest[index]
+        if word not in SPREAD:
+            spread.append(word)
+            index += 1
+            continue
+        index += 1
+        values = []
+        while index < len(rest) and not rest[index].startswith("-"):
+            values.append(rest[index])
+            index += 1
+        spread += [part for value in values for part in (word, value)] or [word]
+    return [*spread, *front] if rest else front
+
+
+def _front(args: list[str]) -> tuple[list[str], list[str]]:
+    index = 0
+    while index < len(args):
+        if args[index] in GLOBAL_FLAGS or args[index].startswith(tuple(f"{name}=" for name in GLOBAL_VALUES)):
+            index += 1
+        elif args[index] in GLOBAL_VALUES and index + 1 < len(args):
+            index += 2
+        else:
+            break
+    return args[:index], args[index:]
+
+
+def with_seed(lab: Lab, seed: int | None) -> Lab:
+    """The same lab with the seed that a recipe names, where the command line names none."""
+    return lab if seed is None else replace(lab, seed=seed)

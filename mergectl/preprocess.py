@@ -1,0 +1,233 @@
+"""Turn a task's rows into what a model reads: token ids or pixels, padded per batch."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from mergectl.checkpoints import read_json
+from mergectl.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from mergectl.benchmarks._contract import Task
+
+MAX_LENGTH = 128  # tokens of a text or a pair of texts, where nothing else is said
+Example = dict[str, Any]
+
+
+class Preparer(Protocol):
+    """What a model reads: made once per model, used by training and evaluation alike."""
+
+    def prepare(self, task: Task, columns: Mapping[str, Sequence[Any]]) -> list[Example]:
+        """Rows to examples; this is the slow part and is done once."""
+
+    def length(self, example: Example) -> int:
+        """How long an example is: batches are made of neighbours in length."""
+
+    def collate(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        """Examples to one batch."""
+
+    def finish(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The last cheap step before the model, on the model's device."""
+
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer or image settings into a model folder."""
+
+
+@dataclass(frozen=True)
+class TextPreparer:
+    """Token ids of one text or a pair, cut at `max_length` and padded to the longest of the batch."""
+
+    tokenizer: Any
+    max_length: int
+    pad: int
+    segments: bool  # the model reads `token_type_ids`
+
+    def prepare(self, task: Task, columns: Mapping[str, Sequence[Any]]) -> list[Example]:
+        """Tokenise all rows at once."""
+        texts = [[str(text) for text in columns[name]] for name in task.inputs]
+        if not texts[0]:
+            return []
+        found = self.tokenizer(
+            *texts, truncation=True, max_length=self.max_length, return_attention_mask=False,
+            return_token_type_ids=self.segments,
+        )  # fmt: skip
+        names = ["input_ids", *(["token_type_ids"] if self.segments else [])]
+        rows = zip(*(found[name] for name in names), strict=True)
+        return [dict(zip(names, row, strict=True)) for row in rows]
+
+    def length(self, example: Example) -> int:
+        """The number of tokens."""
+        return len(example["input_ids"])
+
+    def collate(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        """Pad on the right; an empty text becomes one padding token, so that the model has something to read."""
+        import numpy as np
+
+        lengths = np.array([max(len(e["input_ids"]), 1) for e in examples])
+        mask = np.arange(lengths.max())[None, :] < lengths[:, None]
+        batch = {"input_ids": np.full(mask.shape, self.pad), "attention_mask": mask.astype(np.int64)}
+        if self.segments:
+            batch["token_type_ids"] = np.zeros(mask.shape, np.int64)
+        for row, example in enumerate(examples):
+            for name in batch.keys() - {"attention_mask"}:
+                values = example[name]
+                batch[name][row, : len(values)] = values
+        return _with_labels(batch, examples)
+
+    def finish(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Nothing is left to do for texts."""
+        return dict(batch)
+
+    def save(self, folder: Path) -> None:
+        """Save the tokenizer, without the cut-off that training had set on it."""
+        self.tokenizer.backend_tokenizer.no_truncation()
+        self.tokenizer.backend_tokenizer.no_padding()
+        self.tokenizer.save_pretrained(folder)
+
+
+@dataclass(frozen=True)
+class ImagePreparer:
+    """Pixels of the model's size and number of channels, kept small and normalised per batch."""
+
+    height: int
+    width: int
+    channels: int
+    mean: tuple[float, ...] = (0.5,)
+    std: tuple[float, ...] = (0.5,)
+
+    def prepare(self, task: Task, columns: Mapping[str, Sequence[Any]]) -> list[Example]:
+        """Resize every image; whole numbers are read as 0..255, real ones as 0..1."""
+        return [{"pixels": self._pixels(image)} for image in columns[task.inputs[0]]]
+
+    def length(self, example: Example) -> int:
+        """All images are of one size."""
+        return 1
+
+    def collate(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        """Stack the images and normalise them."""
+        return self.finish(self.stack(examples))
+
+    def stack(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        """Stack the images as they are: bytes stay bytes."""
+        import numpy as np
+
+        return _with_labels({"pixels": np.stack([e["pixels"] for e in examples])}, examples)
+
+    def finish(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Bytes or shares to normalised float32 pixels."""
+        import torch
+
+        pixels = batch["pixels"]
+        scale = 255.0 if pixels.dtype == torch.uint8 else 1.0
+        mean = torch.tensor(self.mean, device=pixels.device).view(-1, 1, 1)
+        std = torch.tensor(self.std, device=pixels.device).view(-1, 1, 1)
+        rest = {name: tensor for name, tensor in batch.items() if name != "pixels"}
+        return {"pixel_values": (pixels.float() / scale - mean) / std, **rest}
+
+    def save(self, folder: Path) -> None:
+        """Write the settings as transformers' own image processors read them."""
+        settings = {
+            "image_processor_type": "ViTImageProcessor",
+            "do_resize": True, "size": {"height": self.height, "width": self.width}, "resample": 2,
+            "do_rescale": True, "rescale_factor": 1 / 255,
+            "do_normalize": True, "image_mean": list(self.mean), "image_std": list(self.std),
+        }  # fmt: skip
+        (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+    def _pixels(self, image: Any) -> np.ndarray[Any, Any]:
+        """One image as [channels, height, width], uint8 or float32."""
+        import numpy as np
+
+        array = np.asarray(self._resized(image))
+        if array.ndim == 2:
+            array = array[:, :, None]
+        if array.shape[2] != self.channels:
+            array = np.repeat(array[:, :, :1], self.channels, axis=2)
+        whole = np.issubdtype(array.dtype, np.integer)
+        return np.ascontiguousarray(array.transpose(2, 0, 1).astype(np.uint8 if whole else np.float32))
+
+    def _resized(self, image: Any) -> Any:
+        import numpy as np
+        from PIL import Image
+
+        if isinstance(image, Mapping):  # a Parquet image: its PNG or JPEG bytes
+            image = Image.open(io.BytesIO(image["bytes"]))
+        if isinstance(image, Image.Image):
+            image = image.convert("L" if self.channels == 1 else "RGB")
+            return image.resize((self.width, self.height), Image.Resampling.BILINEAR)
+        array = np.asarray(image)
+        if array.ndim == 3 and array.shape[2] != 1 and self.channels == 1:
+            array = array[:, :, :3].mean(axis=2).astype(array.dtype)
+        if array.shape[:2] == (self.height, self.width):
+            return array
+        planes = np.moveaxis(np.atleast_3d(array), 2, 0)
+        sized = [
+            Image.fromarray(plane.astype(np.float32)).resize((self.width, self.height), Image.Resampling.BILINEAR)
+            for plane in planes
+        ]
+        return np.stack([np.asarray(plane) for plane in sized], axis=2).astype(array.dtype)
+
+
+def _with_labels(batch: Mapping[str, np.ndarray[Any, Any]], examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+    import torch
+
+    tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
+    if examples and "labels" in examples[0]:
+        labels = [e["labels"] for e in examples]
+        tensors["labels"] = torch.tensor(labels, dtype=torch.float32 if isinstance(labels[0], float) else torch.long)
+    return tensors
+
+
+def text_preparer(folder: Path | None, ref: str, config: Any, max_length: int | None = None) -> TextPreparer:
+    """Open the tokenizer of a model folder and fit it to the model: padding, length, segments."""
+    tokenizer = _tokenizer(folder, ref)
+    rows = config.vocab_size
+    if len(tokenizer) > rows:
+        raise UserError(f"{ref}: its tokenizer has {len(tokenizer)} tokens but the model only {rows}. Use its own.")
+    if tokenizer.pad_token_id is None:  # GPT-2 has none; padding is masked, so any token will do
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    config.pad_token_id = tokenizer.pad_token_id
+    offset = tokenizer.pad_token_id + 1 if "roberta" in config.model_type else 0  # RoBERTa's positions start after it
+    limit = (getattr(config, "max_position_embeddings", None) or 10**9) - offset
+    length = min(max_length or MAX_LENGTH, limit, tokenizer.model_max_length)
+    if length < 4:
+        raise UserError(f"{ref} reads at most {length} tokens, too few for a text.")
+    segments = "token_type_ids" in tokenizer.model_input_names and (getattr(config, "type_vocab_size", 0) or 0) > 1
+    return TextPreparer(tokenizer, length, tokenizer.pad_token_id, segments)
+
+
+def _tokenizer(folder: Path | None, ref: str) -> Any:
+    from transformers import AutoTokenizer
+
+    needed = "Put tokenizer.json and tokenizer_config.json into the model's folder."
+    files = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
+    if folder is None or not any((folder / name).exists() for name in files):
+        raise UserError(f"{ref} has no tokenizer, and the task is made of texts. {needed}")
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the library raises anything for a broken file, Rust errors included
+        raise UserError(f"{ref}: its tokenizer cannot be read ({error}). {needed}") from error
+
+
+def image_preparer(folder: Path | None, ref: str, config: Any) -> ImagePreparer:
+    """The image size and channels of the model, and the normalisation written beside it, if any."""
+    vision = getattr(config, "vision_config", config)
+    size = getattr(vision, "image_size", None)
+    if size is None:
+        raise UserError(f"{ref}: its configuration names no image_size.")
+    height, width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+    channels = int(getattr(vision, "num_channels", 3))
+    path = None if folder is None else folder / "preprocessor_config.json"
+    found = read_json(path) if path is not None and path.exists() else {}
+    mean, std = (found.get(name) or [] for name in ("image_mean", "image_std"))
+    if len(mean) not in (1, channels) or len(std) not in (1, channels) or not found.get("do_normalize", True):
+        return ImagePreparer(height, width, channels)
+    return ImagePreparer(height, width, channels, tuple(mean), tuple(std))

@@ -1,0 +1,92 @@
+"""From the words a user types (`glue`, `glue/rte`, `rte`) to tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mergectl import plugins
+from mergectl.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from mergectl.benchmarks._contract import Task
+
+FILES = "files"
+
+
+def suite(name: str, own: Mapping[str, Task] | None = None) -> dict[str, Task]:
+    """All tasks of a suite by name; `files` is what the user's own recipe declares."""
+    if name == FILES:
+        return dict(own or {})
+    module = plugins.load("benchmarks", name)
+    return {task.name: replace(task, suite=name) for task in module.TASKS}
+
+
+def suites() -> list[str]:
+    """The names of all suites."""
+    return [name for name in plugins.names("benchmarks") if name != FILES]
+
+
+def resolve(words: Sequence[str], own: Mapping[str, Task] | None = None) -> list[Task]:
+    """Turn task arguments into tasks, in the order given and each once."""
+    found: dict[str, Task] = {}
+    for word in words:
+        for part in filter(None, word.split(",")):
+            for task in _one(part, own):
+                found[task.id] = task
+    return list(found.values())
+
+
+def _one(word: str, own: Mapping[str, Task] | None) -> Iterable[Task]:
+    if "/" in word:
+        name, _, rest = word.partition("/")
+        tasks = suite(_known_suite(name, own), own)
+        if rest not in tasks:
+            raise UserError(f"No task '{rest}' in suite '{name}'.{did_you_mean(rest, tasks)}")
+        return [tasks[rest]]
+    if word in suites() or (word == FILES and own):
+        return _whole(word, own)
+    return [_by_bare_name(word, own)]
+
+
+def _known_suite(name: str, own: Mapping[str, Task] | None) -> str:
+    if name == FILES and not own:
+        raise UserError("The suite 'files' is empty: declare your tasks in a recipe and name it with --tasks FILE.")
+    known = [*suites(), FILES]
+    if name not in known:
+        raise UserError(f"No suite '{name}'.{did_you_mean(name, known)}")
+    return name
+
+
+def _whole(name: str, own: Mapping[str, Task] | None) -> Iterable[Task]:
+    tasks = suite(name, own)
+    chosen = None if name == FILES else getattr(plugins.load("benchmarks", name), "DEFAULT", None)
+    return [tasks[n] for n in chosen] if chosen else list(tasks.values())
+
+
+def _by_bare_name(word: str, own: Mapping[str, Task] | None) -> Task:
+    every = {task.id: task for name in [*suites(), FILES] for task in suite(name, own).values()}
+    matches = [task for task in every.values() if task.name == word]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise UserError(f"'{word}' names several tasks: {', '.join(task.id for task in matches)}.")
+    raise UserError(f"No task or suite '{word}'.{did_you_mean(word, [*suites(), *every])}")
+
+
+def own_tasks(path: Path | None) -> dict[str, Task]:
+    """The tasks that a recipe file declares under `tasks:`."""
+    if path is None:
+        return {}
+    from mergectl.config import read_yaml
+
+    return declared(read_yaml(path).get("tasks") or {}, path)
+
+
+def declared(specs: Mapping[str, Mapping[str, object]], path: Path) -> dict[str, Task]:
+    """Turn the `tasks:` part of a recipe into tasks of the suite `files`."""
+    module = plugins.load("benchmarks", FILES)
+    return {name: replace(module.declare({"name": name, "folder": str(path.parent), **spec}), suite=FILES)
+            for name, spec in specs.items()}  # fmt: skip

@@ -1,0 +1,95 @@
+"""What a person sees while work goes on: sentences and a progress bar on stderr, results on stdout."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+Progress = Callable[[int, int, str], None]
+
+
+class Terminal:
+    """Talks to a person on stderr (unless quiet) and prints results on stdout."""
+
+    def __init__(self, *, quiet: bool = False, as_json: bool = False) -> None:
+        self.quiet, self.as_json = quiet, as_json
+
+    def say(self, text: str) -> None:
+        """One line on stderr; silent with --quiet."""
+        if not self.quiet:
+            sys.stderr.write(text + "\n")
+            sys.stderr.flush()
+
+    def warn(self, text: str) -> None:
+        """A warning on stderr, also with --quiet."""
+        sys.stderr.write(f"warning: {text}\n")
+
+    def give(self, document: Any, show: Callable[[], None]) -> None:
+        """The result: one JSON document on stdout with --json, else whatever `show` prints."""
+        if self.as_json:
+            sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, default=str) + "\n")
+        elif not self.quiet:
+            show()
+
+    @contextlib.contextmanager
+    def progress(self, title: str) -> Iterator[Progress]:
+        """Yield `step(done, total, text)`; draws a bar with rate and ETA when stderr is a terminal."""
+        if self.quiet or not sys.stderr.isatty():
+            self.say(title)
+            yield lambda done, total, text: None
+            return
+        with _bar() as bar:
+            row = bar.add_task(title, total=None, text="", rate="")
+
+            def step(done: int, total: int, text: str) -> None:
+                speed = bar.tasks[row].speed
+                rate = f"{speed:.1f}/s" if speed else ""
+                bar.update(row, completed=done, total=total, text=text, rate=rate)
+
+            yield step
+
+
+def _bar() -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        TextColumn("[dim]{task.fields[text]}"),
+        console=Console(stderr=True),
+        transient=True,
+    )
+
+
+def print_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, left: int = 1, marks: Sequence[str] = ()
+) -> None:
+    """Print a Rich table on stdout; the first `left` columns are words, the others numbers.
+
+    `marks` styles whole rows ("bold", "dim", ...), so that groups of rows read apart.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title or None, title_justify="left", header_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index < left else "right", overflow="fold", no_wrap=index == 0)
+    for index, row in enumerate(rows):
+        table.add_row(*(cell(value) for value in row), style=marks[index] if index < len(marks) else None)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def cell(value: Any) -> str:
+    """A value as a table shows it: numbers short, nothing as a dash."""
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) >= 1000 or (value and abs(value) < 0.001) else f"{value:.3f}".rstrip("0").rstrip(".")
+    return str(value)

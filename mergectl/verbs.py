@@ -1,0 +1,183 @@
+"""The verbs' common frame: check, open a run, work, record, end the run. The CLI and pipelines call these alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergectl import __version__
+from mergectl.checkpoints import Checkpoint, open_checkpoint
+from mergectl.errors import UserError
+from mergectl.lab import Lab, versions
+from mergectl.merge import Family, MergeJob, open_family
+
+if TYPE_CHECKING:
+    from mergectl.benchmarks._contract import Task
+    from mergectl.evaluate import Evaluation
+    from mergectl.store import Run
+
+Result = dict[str, Any]
+
+
+def merge_models(lab: Lab, job: MergeJob, out: Path, *, force: bool = False, reuse: bool = False) -> Result:
+    """Merge experts into the folder `out`; with `reuse`, not again if a finished run did exactly this."""
+    from mergectl import artefacts
+    from mergectl.merge import merge
+
+    family = open_family(job.base, job.experts, lab.find_run)
+    recipe = checked_recipe(job, list(family.experts))
+    config = merge_config(job, family, recipe)
+    if reuse and (run := lab.done("merge", config, recipe.seed)):
+        return {"run": run["run_id"], "out": _model_path(run), "again": True}
+    artefacts.check_free(out, force or reuse)
+    with lab.start("merge", config, seed=recipe.seed, name=out.name) as run:
+        record_inputs(run, family)
+        with lab.terminal.progress(f"Merging {len(family.experts)} experts by {recipe.method}") as progress:
+            facts = {"run": run.id, "versions": versions()}
+            job = replace(job, recipe=recipe)
+            digest = merge(job, family, out, facts=facts, force=force or reuse, progress=progress)
+        record_model(run, out, digest)
+    return {"run": run.id, "out": str(out), "digest": digest, "again": False}
+
+
+def checked_recipe(job: MergeJob, tasks: Sequence[str]) -> Any:
+    """The recipe with every setting checked and filled in, so that the record says what was done."""
+    from mergectl.settings import check
+
+    recipe = job.recipe
+    return replace(recipe, settings=check(recipe.method, recipe.settings, tasks))
+
+
+def merge_config(job: MergeJob, family: Family, recipe: Any) -> dict[str, Any]:
+    """What decides a merge: recipe and content of the inputs, not where they lie."""
+    inputs = [{k: v for k, v in row.items() if k != "ref"} for row in family.inputs]
+    return {**recipe.as_dict(), "dtype": job.dtype, "export": job.export, "inputs": inputs, "version": __version__}
+
+
+def record_inputs(run: Run, family: Family) -> None:
+    """Note the base and the experts as inputs of a run."""
+    for row in family.inputs:
+        run.input(row["role"], row["ref"], row["digest"], task=row["task"])
+
+
+def record_model(run: Run, folder: Path, digest: str) -> None:
+    """Note a model folder as what the run made."""
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    run.artifact("model", str(folder.absolute()), digest, size)
+
+
+def _model_path(run: Mapping[str, Any]) -> str:
+    return next(a["path"] for a in run["artifacts"] if a["kind"] == "model")
+
+
+def evaluate_model(
+    lab: Lab,
+    ref: str,
+    words: Sequence[str] = (),
+    *,
+    heads: Sequence[tuple[str | None, str]] = (),
+    split: str = "report",
+    limit: int | None = None,
+    batch_size: int = 64,
+    dtype: str = "float32",
+    reuse: bool = False,
+) -> Result:
+    """Score a model on tasks, with heads of its own or borrowed; record every metric."""
+    from mergectl.evaluate import evaluate
+    from mergectl.heads import own_tasks_of
+
+    model = open_checkpoint(ref, lab.find_run)
+    lent = {task: open_checkpoint(path, lab.find_run) for task, path in heads}
+    by_task = {task or _task_of(expert): expert for task, expert in lent.items()} if heads else {}
+    tasks = lab.tasks(words or list(by_task) or own_tasks_of(model))
+    config = _eval_config(lab, model, tasks, by_task, split, limit, dtype)
+    if reuse and (run := lab.done("eval", config)):
+        return {"run": run["run_id"], "again": True}
+    with lab.start("eval", config, name=f"{model.label}@{split}") as run:
+        run.input("model", model.ref, model.digest)
+        for task, expert in by_task.items():
+            run.input("head", expert.ref, expert.digest, task=task)
+        with lab.terminal.progress(f"Evaluating {model.label}") as progress:
+            found = evaluate(
+                model, tasks, split=split, data=lab.data, batch_size=batch_size, limit=limit,
+                device=lab.torch_device(), dtype=dtype, heads=by_task, progress=progress, seed=lab.seed,
+            )  # fmt: skip
+        record_scores(run, found, split)
+    return {"run": run.id, "model": model.ref, "split": split, "evaluation": found, "again": False}
+
+
+def _task_of(expert: Checkpoint) -> str:
+    if expert.task is None:
+        raise UserError(f"{expert.ref} does not say which task it is for. Name it: --heads suite/task={expert.ref}")
+    return str(expert.task)
+
+
+def _eval_config(
+    lab: Lab, model: Checkpoint, tasks: Sequence[Task], heads: Mapping[str, Checkpoint], split: str, limit: int | None, dtype: str
+) -> dict[str, Any]:
+    return {
+        "model": model.digest,
+        "heads": {task: expert.digest for task, expert in heads.items()},
+        "tasks": {task.id: task.version for task in tasks},
+        "split": split,
+        "limit": limit,
+        "dtype": dtype,
+        "data": None if lab.data is None else str(lab.data.absolute()),
+        "version": __version__,
+    }
+
+
+def record_scores(run: Run, found: Evaluation, split: str) -> None:
+    """Every metric of every task, its seconds and its number of examples."""
+    for task, metrics in found.metrics.items():
+        for name, value in metrics.items():
+            run.metric(name, value, task=task, split=split)
+        run.metric("seconds", found.seconds[task], task=task, split=split)
+        run.metric("examples", found.examples[task], task=task, split=split)
+    run.metric("mean_score", found.mean, split=split)
+
+
+def evaluate_references(lab: Lab, family: Family, words: Sequence[str], **how: Any) -> list[Result]:
+    """Score the base under each expert's head, and each expert on its own task: what merges are compared with."""
+    heads = [(family.task_ids[task], str(expert.folder)) for task, expert in family.experts.items()]
+    wanted = [task.id for task in lab.tasks(words or [task for task, _ in heads])]
+    heads = [(task, ref) for task, ref in heads if task in wanted]
+    results = [evaluate_model(lab, ref, [task], reuse=True, **how) for task, ref in heads]
+    if family.has_base:
+        base = str(family.base.folder)
+        results.insert(0, evaluate_model(lab, base, [t for t, _ in heads], heads=heads, reuse=True, **how))
+    return results
+
+
+def finetune_experts(
+    lab: Lab, words: Sequence[str], base: str, out: Path, options: Mapping[str, Any], *, force: bool = False, reuse: bool = False
+) -> list[Result]:
+    """Fine-tune one expert per task into `out/<task>`."""
+    from mergectl.families import short_names
+
+    tasks = lab.tasks(words)
+    folders = [out / short for short in short_names([task.id for task in tasks])]
+    return [_finetune(lab, task, base, folder, options, force, reuse) for task, folder in zip(tasks, folders, strict=True)]
+
+
+def _finetune(lab: Lab, task: Task, base: str, out: Path, options: Mapping[str, Any], force: bool, reuse: bool) -> Result:
+    from mergectl import artefacts
+    from mergectl.finetune import FinetuneConfig, finetune
+    from mergectl.models import open_source
+
+    source = open_source(lab.find_run(base) or base if "/" not in base and not Path(base).exists() else base)
+    settings = FinetuneConfig(task=task.id, base=str(source.folder or source.ref), seed=lab.seed, device=lab.torch_device(), **options)
+    start = source.weights.digest if source.weights is not None else source.config
+    data = None if lab.data is None else str(lab.data.absolute())
+    config = {**asdict(settings), "base": start, "task_version": task.version, "data": data, "version": __version__}
+    if reuse and (run := lab.done("finetune", config)):
+        return {"run": run["run_id"], "task": task.id, "out": _model_path(run), "again": True}
+    artefacts.check_free(out, force or reuse)
+    with lab.start("finetune", config, name=out.name) as run:
+        run.input("base", source.ref, source.weights.digest if source.weights is not None else None)
+        with lab.terminal.progress(f"Fine-tuning {task.id}") as progress:
+            result = finetune(settings, out, data=lab.data, run=run, progress=progress, force=force or reuse, task=task)
+        record_model(run, out, open_checkpoint(out).digest)
+    return {"run": run.id, "task": task.id, "out": str(out), "again": False, **result}

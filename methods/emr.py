@@ -1,0 +1,77 @@
+"""Elect one unified task vector and keep for each task a mask on it and a rescaler (EMR-Merging).
+
+>>> from mergectl import merge_weights
+>>> import torch
+>>> base = {"w": torch.zeros(3)}
+>>> experts = {"a": {"w": torch.tensor([1.0, -2.0, 3.0])}, "b": {"w": torch.tensor([3.0, 1.0, -1.0])}}
+>>> merged = merge_weights("emr", base, experts)
+>>> merged.kept["unified"]["w"].tolist()  # signs of the means + - +, largest agreeing magnitudes
+[3.0, -2.0, 3.0]
+>>> merged.kept["masks"]["b"]["w"].tolist()
+[True, False, False]
+>>> [round(rescaler, 4) for rescaler in merged.kept["rescalers"].values()]  # 6 / (3 + 2 + 3), 5 / 3
+[0.75, 1.6667]
+>>> merged.task("b")["w"].tolist()
+[5.0, 0.0, 0.0]
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+import torch
+
+from mergectl.methods import _kernels
+from mergectl.methods._contract import MergeWarning, OneOf
+
+if TYPE_CHECKING:
+    from mergectl.methods._task_vectors import TaskVectors
+
+TITLE = "EMR-Merging"
+PAPER = "arXiv:2405.17461"
+NEUTRAL: dict[str, str] = {}
+EXTRA_BITS = 1  # the mask; besides, one more vector and one number per task
+
+# How much one weight counts: every tensor alike (as in all published figures), or every element alike (as printed).
+RESCALERS = {"tensor_mean": lambda elements: 1 / elements, "global_sum": lambda elements: 1.0}
+
+
+def merge(
+    task_vectors: TaskVectors,
+    *,
+    rescaler: Annotated[str, OneOf(RESCALERS), "over what the size of a task vector is matched"] = "tensor_mean",
+) -> Generator[tuple[str, torch.Tensor, torch.Tensor], None, dict[str, Any]]:
+    """Yield for each weight the unified vector and the tasks' masks; return the rescalers."""
+    sizes: list[list[tuple[float, float]]] = [[] for _ in task_vectors.tasks]
+    for name, x in task_vectors.items():
+        unified, masks = elect(x)
+        share = RESCALERS[rescaler](max(unified.numel(), 1))
+        for task, (row, mask) in enumerate(zip(x, masks, strict=True)):
+            sizes[task].append((share * size(row), share * size(mask * unified)))
+        yield name, unified, masks
+    pairs = [(math.fsum(own for own, _ in parts), math.fsum(left for _, left in parts)) for parts in sizes]
+    for task, (own, left) in zip(task_vectors.tasks, pairs, strict=True):
+        if own > 0 and left == 0:
+            warnings.warn(
+                f"Task '{task}' is outvoted everywhere: its masks are empty, so its model is the base.",
+                MergeWarning,
+                stacklevel=2,
+            )
+    return {"rescalers": torch.tensor([own / left if left > 0 else 1.0 for own, left in pairs], dtype=torch.float64)}
+
+
+def elect(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the unified vector and the masks of the entries that agree with it; a mean of zero elects minus."""
+    sign = torch.where(_kernels.total(x) > 0, 1.0, -1.0).to(x.dtype)
+    masks = _kernels.agreeing(x, sign)
+    unified = sign * torch.where(masks, x.abs(), 0).amax(dim=0)
+    return unified + 0.0, masks  # + 0.0 turns -0.0 into 0.0
+
+
+def size(x: torch.Tensor) -> float:
+    """Return the sum of magnitudes, in float64 and independent of the number of threads."""
+    return float(np.abs(x.cpu().numpy()).sum(dtype=np.float64))

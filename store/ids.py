@@ -1,0 +1,65 @@
+"""Run ids: derived from what is run, and never given out twice."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from mergectl.store.errors import StoreError
+from mergectl.store.places import Places
+from mergectl.store.segments import archived, write_durably
+
+
+def run_id(identity: Iterable[object], attempt: int) -> str:
+    """Return the 12 hex characters for one attempt at (kind, config digest, seed, study, trial)."""
+    text = "\x1f".join(str(part) for part in (*identity, attempt))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def reserve(places: Places, identity: Iterable[object]) -> tuple[str, int]:
+    """Return a run id nobody has, and its attempt number; two processes asking at once get different ones.
+
+    The ids given out stand in one file, which also answers while the database is busy or broken.
+    """
+    identity = tuple(identity)
+    try:
+        handle = _open(places)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            known = places.ids.read_bytes()
+            attempt = 1
+            while b"\n" + run_id(identity, attempt).encode() in known:
+                attempt += 1
+            found = run_id(identity, attempt)
+            os.write(handle, b"\n" + found.encode())
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        raise StoreError(f"A run cannot be registered in {places.ids}: {error.strerror}.") from error
+    return found, attempt
+
+
+def known_ids(places: Places) -> list[str]:
+    """Return the ids found in the lab's own files."""
+    seen = {document["run_id"] for document in archived(places)}
+    seen.update(path.name.split(".")[0] for path in places.inbox.glob("*.json"))
+    return sorted(seen)
+
+
+def _open(places: Places) -> int:
+    """Open the file of ids for appending; a missing one is first made from the segments there are."""
+    path: Path = places.ids
+    if not path.exists():
+        fresh = path.with_name(f".{path.name}.{os.getpid()}.new")
+        write_durably(fresh, b"".join(b"\n" + name.encode() for name in known_ids(places)))
+        try:
+            os.link(fresh, path)  # fails when another process was faster
+        except FileExistsError:
+            pass
+        finally:
+            fresh.unlink()
+    return os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)

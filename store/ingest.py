@@ -1,0 +1,172 @@
+"""Bring segments into the database: idempotent, so that a kill at any point costs nothing but another turn.
+
+The order is: commit the rows, then move the segments into the archive. A segment met twice is known by its run id. A
+missing database is made from the archive, so whatever was ever archived is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mergectl.store import migrate, segments
+from mergectl.store.database import attached, first_line
+from mergectl.store.documents import COLUMNS, Document, Row, is_final, rows_of
+from mergectl.store.errors import StoreError
+from mergectl.store.ids import run_id
+from mergectl.store.lock import PATIENCE, hold
+from mergectl.store.places import Places
+
+if TYPE_CHECKING:
+    import duckdb
+
+BATCH = 500  # segments in one transaction
+
+
+def ingest(places: Places, *, wait: float = PATIENCE) -> int:
+    """Bring all waiting segments into the database and return how many runs changed."""
+    if not segments.waiting(places.inbox) and (places.database.exists() or places.empty()):
+        return 0
+    places.make()
+    with hold(places.lock, exclusive=True, wait=wait), _told(places.database):
+        if not places.database.exists():
+            _create(places)
+        return _take_in(places)
+
+
+def upgrade(places: Places) -> None:
+    """Bring the database file to this program's schema."""
+    with hold(places.lock, exclusive=True), _told(places.database), _opened(places.database):
+        pass
+
+
+def rebuild(places: Places, aside: str) -> int:
+    """Make the database anew from archive and inbox, keep the old file under another name, return the runs in it."""
+    places.make()
+    with hold(places.lock, exclusive=True), _told(places.database):
+        fresh = _build(places)
+        for path in (places.database, _log_of(places.database)):
+            if path.exists():
+                path.rename(path.with_name(f"{path.name}.{aside}"))
+        os.replace(fresh, places.database)
+        segments.sync_folder(places.database.parent)
+        _take_in(places)
+        with attached(places.database, write=False) as connection:
+            return int(connection.execute("SELECT count(*) FROM runs").fetchall()[0][0])
+
+
+def _take_in(places: Places) -> int:
+    """Take the inbox into the database, some hundred segments at a time."""
+    changed = 0
+    waiting = iter(segments.waiting(places.inbox))
+    while paths := list(islice(waiting, BATCH)):
+        found = [(path, document) for path in paths if (document := segments.read(path)) is not None]
+        with _opened(places.database) as connection:
+            changed += put_rows(connection, [document for _, document in found])
+        for path, document in found:
+            _put_away(places, path, document)
+    segments.pack(places)
+    return changed
+
+
+def _put_away(places: Places, path: Path, document: Document) -> None:
+    """Move a segment into the archive; one that got another id while its rows were written goes there under it."""
+    if segments.file_name(document) == path.name:
+        segments.archive(places, path)
+    else:
+        segments.put(places.archive, document)
+        path.unlink(missing_ok=True)
+
+
+def put_rows(connection: duckdb.DuckDBPyConnection, documents: Iterable[Document]) -> int:
+    """Write the runs that the database does not know in one transaction; an end replaces its beginning."""
+    best: dict[str, Document] = {}
+    asked = "SELECT run_id, status, started_at FROM runs WHERE run_id IN (SELECT unnest(?))"
+    batch = list(documents)
+    names = [name for document in batch for name in (document["run_id"], _other_id(document))]
+    known = {row[0]: row[1:] for row in connection.execute(asked, [names]).fetchall()}
+    for document in batch:
+        status, began = known.get(document["run_id"], (None, None))
+        if status not in (None, "started") and is_final(document) and began != rows_of(document)["runs"][0][11]:
+            document["run_id"] = _other_id(document)  # another lab's run: both stay
+            status = known.get(document["run_id"], (None, None))[0]
+        if status is None or (status == "started" and is_final(document)):
+            if is_final(document) or document["run_id"] not in best:
+                best[document["run_id"]] = document
+    if best:
+        _replace(connection, list(best.values()))
+    return len(best)
+
+
+def _other_id(document: Document) -> str:
+    """Return the id for a run whose own id is taken by a different run, the same one each time."""
+    return run_id((document["run_id"], document.get("started_at")), 1)
+
+
+def _replace(connection: duckdb.DuckDBPyConnection, documents: list[Document]) -> None:
+    """Write the documents' rows in place of what is there under their ids, in one transaction."""
+    rows: dict[str, list[Row]] = {table: [] for table in COLUMNS}
+    for document in documents:
+        for table, found in rows_of(document).items():
+            rows[table] += found
+    names = [document["run_id"] for document in documents]
+    connection.begin()
+    for table, columns in COLUMNS.items():
+        connection.execute(f"DELETE FROM {table} WHERE run_id IN (SELECT unnest(?))", [names])
+        if rows[table]:
+            with connection.appender(table, columns=list(columns)) as appender:
+                appender.append_rows(rows[table])
+    connection.commit()
+
+
+def _create(places: Places) -> None:
+    """Make the database file beside its place, from the archive if there is one, and rename it there."""
+    fresh = _build(places)
+    _log_of(places.database).unlink(missing_ok=True)
+    os.replace(fresh, places.database)
+    segments.sync_folder(places.database.parent)
+
+
+def _build(places: Places) -> Path:
+    fresh = places.database.with_name(f".{places.database.name}.new")
+    for path in (fresh, _log_of(fresh)):
+        path.unlink(missing_ok=True)
+    with attached(fresh, write=True) as connection:
+        migrate.migrate(connection)
+        documents = segments.archived(places)
+        while batch := list(islice(documents, BATCH)):
+            put_rows(connection, batch)
+    return fresh
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[duckdb.DuckDBPyConnection]:
+    """Open the database to write, refuse a foreign, broken or newer one, and bring an older one up to date."""
+    with attached(path, write=False) as connection:  # a look that changes nothing
+        current = migrate.check(connection, path)
+    with attached(path, write=True) as connection:
+        if not current:
+            migrate.migrate(connection)
+        yield connection
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Turn DuckDB's and the system's complaints about writing into a sentence."""
+    import duckdb
+
+    try:
+        yield
+    except duckdb.Error as error:
+        raise StoreError(f"The store {path} could not be written: {first_line(str(error))}.") from error
+    except OSError as error:
+        raise StoreError(f"The store {path} could not be written: {error.strerror or error}.") from error
+
+
+def _log_of(path: Path) -> Path:
+    """Return DuckDB's log file beside a database file."""
+    return path.with_name(path.name + ".wal")

@@ -1,0 +1,155 @@
+"""The store: every command is a run, safe on disk before anyone is told, and every question is SQL."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from mergectl.store import boards, ingest
+from mergectl.store.documents import FORMAT, digest_of, plain, utc_now, whole
+from mergectl.store.errors import StoreError
+from mergectl.store.ids import reserve
+from mergectl.store.places import Places, locate
+from mergectl.store.query import Table, query
+from mergectl.store.run import Run
+
+PAUSE = 2.0  # seconds between a process's own ingests; the segments are safe meanwhile
+
+
+class Store:
+    """A lab's memory. Making one touches no file; the first run makes the folder, the first reading the database."""
+
+    def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
+        self.places: Places = locate(path)
+        self._next_ingest = 0.0
+
+    @property
+    def path(self) -> Path:
+        """Return the database file."""
+        return self.places.database
+
+    @property
+    def folder(self) -> Path:
+        """Return the lab folder the database lies in."""
+        return self.places.database.parent
+
+    def start(
+        self,
+        kind: str,
+        *,
+        config: Mapping[str, Any],
+        seed: int | None = None,
+        command: Sequence[str] = (),
+        environment: Mapping[str, Any] | None = None,
+        study: str | None = None,
+        trial: int | None = None,
+        name: str | None = None,
+        inputs: Iterable[Mapping[str, Any]] = (),
+    ) -> Run:
+        """Begin a run: once this returns, the run has a row, however it ends."""
+        self.places.make()
+        digest = digest_of(config)
+        run_id, attempt = reserve(self.places, (kind, digest, whole("seed", seed), study, whole("trial", trial)))
+        surroundings = {"host": platform.node(), "pid": str(os.getpid())} | dict(plain(environment or {}))
+        document = {
+            "format": FORMAT, "run_id": run_id, "kind": kind, "name": name, "status": "started",
+            "config": plain(config), "config_digest": digest, "seed": seed, "study": study, "trial": trial,
+            "attempt": attempt, "command": plain(list(command)), "started_at": utc_now(), "ended_at": None,
+            "seconds": None, "error": None, "environment": surroundings,
+            "inputs": [], "metrics": [], "artifacts": [],
+        }  # fmt: skip
+        document["inputs"] = [_input(entry) for entry in inputs]
+        return Run(self.places, document, self._ingest_soon)
+
+    def query(
+        self, sql: str, params: Sequence[Any] | Mapping[str, Any] = (), *, limit: float | None = None
+    ) -> Table:
+        """Answer one SELECT, of everything up to this moment; `limit` stops it after so many seconds."""
+        return query(self.places, sql, params, limit=limit)
+
+    def ingest(self) -> int:
+        """Bring every waiting segment into the database and return how many runs changed."""
+        return ingest.ingest(self.places)
+
+    def rebuild(self) -> int:
+        """Make the database anew from the archive, keep the old file as `*.old`, and return how many runs it holds."""
+        if self.places.empty():
+            raise StoreError(f"There is nothing at {self.path} to rebuild a store from.")
+        return ingest.rebuild(self.places, datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%S%f.old"))
+
+    def find(self, prefix: str) -> dict[str, Any] | None:
+        """Return the run with this id, the newest with this name, or the only one whose id begins so."""
+        if self.places.empty():
+            return None
+        found = self.query(
+            "SELECT run_id FROM runs WHERE run_id = $1 OR name = $1 OR (length($1) >= 2 AND starts_with(run_id, $1)) "
+            "ORDER BY run_id = $1 DESC, name = $1 DESC NULLS LAST, started_at DESC", [prefix],
+        ).rows  # fmt: skip
+        if not found:
+            return None
+        run = self._run(found[0][0])
+        if len(found) > 1 and prefix not in (run["run_id"], run["name"]):
+            names = ", ".join(row[0] for row in found[:5]) + (", ..." if len(found) > 5 else "")
+            raise StoreError(f"{len(found)} runs begin with {prefix}: {names}. Give more of the id.")
+        return run
+
+    def finished(self, digest: str, *, kind: str | None = None) -> dict[str, Any] | None:
+        """Return the newest finished run whose config has this digest (see `digest_of`)."""
+        if self.places.empty():
+            return None
+        found = self.query(
+            "SELECT run_id FROM runs WHERE config_digest = $1 AND status = 'finished' AND kind = coalesce($2, kind) "
+            "ORDER BY ended_at DESC, run_id LIMIT 1", [digest, kind],
+        ).rows  # fmt: skip
+        return self._run(found[0][0]) if found else None
+
+    def leaderboard(
+        self, split: str = "report", suite: str | None = None, tasks: Sequence[str] | None = None
+    ) -> Table:
+        """Return one row per model and one column per task: base, experts and merges (see the view of that name)."""
+        return boards.leaderboard(self.query, split, suite, tasks)
+
+    def compare(self, *runs: str) -> Table:
+        """Return settings, inputs and scores of several runs side by side: one row per fact, one column per run."""
+        return boards.compare(self.query, [self._known(name)["run_id"] for name in runs])
+
+    def _known(self, prefix: str) -> dict[str, Any]:
+        run = self.find(prefix)
+        if run is None:
+            raise StoreError(f"No run '{prefix}' in {self.path}.")
+        return run
+
+    def _run(self, run_id: str) -> dict[str, Any]:
+        """Return one run's row as a dictionary, with its inputs, artifacts and environment."""
+        run = self.query("SELECT * FROM runs WHERE run_id = ?", [run_id]).records()[0]
+        for table in ("inputs", "artifacts"):
+            run[table] = self.query(f"SELECT * EXCLUDE (run_id) FROM {table} WHERE run_id = ?", [run_id]).records()
+        pairs = self.query("SELECT key, value FROM environment WHERE run_id = ?", [run_id]).rows
+        return boards.decoded(run) | {"environment": dict(pairs)}
+
+    def _ingest_soon(self) -> None:
+        """Ingest if the lock is free and the last time is not a moment ago; the run itself is safe already."""
+        if time.monotonic() < self._next_ingest:
+            return
+        with contextlib.suppress(StoreError):  # a broken or busy file is told to whoever reads next
+            ingest.ingest(self.places, wait=0.0)
+        self._next_ingest = time.monotonic() + PAUSE
+
+
+def open_store(path: str | os.PathLike[str] | None = None) -> Store:
+    """Return the store at a path, at MERGECTL_STORE, or at ./lab/mergectl.duckdb."""
+    return Store(path)
+
+
+def _input(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return one input as a document keeps it; `run_id` names the run that made it."""
+    unknown = set(entry) - {"role", "ref", "digest", "task", "run_id"}
+    if unknown or "role" not in entry:
+        raise StoreError(f"An input has role, ref, digest, task and run_id, got {', '.join(sorted(entry))}.")
+    return dict(plain({"parent_run": entry.get("run_id")} | {key: entry[key] for key in entry if key != "run_id"}))

@@ -1,0 +1,1 @@
+CREATE VIEW settings AS SELECT 1;
