@@ -76,7 +76,7 @@ def _from_hub(
     for split in (part.split, *part.instead) if task.hub else ():
         try:
             return split, _tables.require(download(task, split), columns)
-        except _NoSplit as error:
+        except _NoSplitError as error:
             tried.append(f"the hub's {task.hub} {error}")
         except ConnectionError as error:
             tried.append(f"the hub could not be reached ({error})")
@@ -87,7 +87,7 @@ def _from_hub(
     raise BenchmarkError(f"No rows for {task.id} ({use}): {looked}. Put them at {where}{hint}.")
 
 
-class _NoSplit(LookupError):
+class _NoSplitError(LookupError):
     """The hub has the data set, but not this split."""
 
 
@@ -104,7 +104,7 @@ def download(task: Task, split: str) -> Table:
         raise
     except ValueError as error:
         if "split" in str(error).lower():
-            raise _NoSplit(f"has no split '{split}'") from error
+            raise _NoSplitError(f"has no split '{split}'") from error
         raise BenchmarkError(f"The hub's {task.hub} could not be loaded: {error}") from error
     except OSError as error:
         raise ConnectionError(f"{type(error).__name__}: {error}") from error

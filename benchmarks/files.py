@@ -1,18 +1,18 @@
 """Your own CSV, TSV, JSONL or Parquet files, declared in a few lines of a recipe.
 
-    files:
-      - name: tickets
+    tasks:
+      tickets:
         data: tickets.csv            # split 80/10/10 into fit, tune and report; or name the files:
         # fit: train.csv
         # tune: dev.csv              # optional: otherwise a tenth of fit
         # report: test.csv
         inputs: [subject, body]      # one or two text columns, or one image column
         label: team
-        labels: [billing, support]   # optional: otherwise those found in the file, in order
+        labels: [billing, support]   # optional: otherwise those found in the file, sorted
         metric: weighted_f1          # optional: accuracy, or pearson_spearman for kind: regression
 
-Further keys: kind (classification, regression, image_classification), metrics (more to record), seed (of the split).
-Paths start from the recipe's folder. A label may be written by name or by id; -1 means "no label".
+Further keys: kind (classification, regression, image_classification), metrics (more to record), seed (of the split),
+folder (where paths start; otherwise the recipe's). A label may be written by name or by id; -1 means "no label".
 """
 
 from __future__ import annotations
@@ -30,13 +30,16 @@ from mergectl.benchmarks._metrics import FOR_NUMBERS, METRICS
 TITLE = "Your own files"
 TASKS: tuple[Task, ...] = ()  # declared by the user, see `declare`
 
-KEYS = ("name", "data", "fit", "tune", "report", "inputs", "label", "labels", "kind", "metric", "metrics", "seed")
+KEYS = (
+    *("name", "folder", "data", "fit", "tune", "report"),
+    *("inputs", "label", "labels", "kind", "metric", "metrics", "seed"),
+)
 USES: tuple[Use, ...] = ("fit", "tune", "report")
 MOST_LABELS = 100  # more are taken for a mistake unless the recipe lists them
 
 
-def declare(spec: Mapping[str, Any], folder: Path | None = None) -> Task:
-    """Return the task that a recipe's mapping describes; its paths start from `folder`."""
+def declare(spec: Mapping[str, Any]) -> Task:
+    """Return the task that a recipe's mapping describes; `name` and, if need be, `folder` are among its keys."""
     name = _name(spec)
     kind = _kind(spec, name)
     inputs = _texts(spec, "inputs", name)
@@ -46,7 +49,7 @@ def declare(spec: Mapping[str, Any], folder: Path | None = None) -> Task:
     label = _text(spec, "label", name)
     if label in inputs:
         raise BenchmarkError(f"{name}: the label column '{label}' is also an input, which gives the answer away.")
-    parts, files = _parts(spec, name, Path(folder or "."))
+    parts, files = _parts(spec, name)
     tables = {path: _tables.read(Path(path), [*inputs, label]) for path in dict.fromkeys(files.values())}
     labels = () if kind == "regression" else _labels(spec, name, label, tables[files["fit"]])
     metric, *more = _metrics(spec, name, kind)
@@ -87,11 +90,12 @@ def _kind(spec: Mapping[str, Any], name: str) -> Kind:
     raise BenchmarkError(f"{name}: 'kind' must be one of {', '.join(kinds)}, got {spec['kind']!r}.")
 
 
-def _parts(spec: Mapping[str, Any], name: str, folder: Path) -> tuple[dict[Use, Part], dict[Use, str]]:
+def _parts(spec: Mapping[str, Any], name: str) -> tuple[dict[Use, Part], dict[Use, str]]:
     """Return the share and the file of each use."""
     seed = spec.get("seed", 0)
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
         raise BenchmarkError(f"{name}: 'seed' must be a whole number of at least 0, got {seed!r}.")
+    folder = Path(_text(spec, "folder", name) if "folder" in spec else ".")
     own = [use for use in USES if use in spec]
     parts: dict[Use, Part]
     if "data" in spec:

@@ -89,8 +89,7 @@ def evaluate_model(
     from mergectl.heads import own_tasks_of
 
     model = open_checkpoint(ref, lab.find_run)
-    lent = {task: open_checkpoint(path, lab.find_run) for task, path in heads}
-    by_task = {task or _task_of(expert): expert for task, expert in lent.items()} if heads else {}
+    by_task = _borrowed(lab, heads)
     tasks = lab.tasks(words or list(by_task) or own_tasks_of(model))
     config = _eval_config(lab, model, tasks, by_task, split, limit, dtype)
     if reuse and (run := lab.done("eval", config)):
@@ -108,10 +107,16 @@ def evaluate_model(
     return {"run": run.id, "model": model.ref, "split": split, "evaluation": found, "again": False}
 
 
-def _task_of(expert: Checkpoint) -> str:
-    if expert.task is None:
-        raise UserError(f"{expert.ref} does not say which task it is for. Name it: --heads suite/task={expert.ref}")
-    return str(expert.task)
+def _borrowed(lab: Lab, heads: Sequence[tuple[str | None, str]]) -> dict[str, Checkpoint]:
+    """The experts that lend their heads, by task id."""
+    found = {}
+    for task, ref in heads:
+        expert = open_checkpoint(ref, lab.find_run)
+        word = task or expert.task
+        if word is None:
+            raise UserError(f"{ref} does not say which task it is for. Name it: --heads suite/task={ref}")
+        found[lab.tasks([word])[0].id] = expert
+    return found
 
 
 def _eval_config(

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
+Array: TypeAlias = "np.ndarray[Any, Any]"
+Weigh: TypeAlias = "Callable[[Array], Array]"
+
 _BLOCK = 1 << 20  # elements counted at once, so that the counts' temporaries stay small
 
 
-class TaskVectors(Mapping[str, torch.Tensor]):
+class TaskVectors(Mapping[str, "torch.Tensor"]):
     """A lazy ordered mapping: weight name -> tensor [task, *shape]. Nothing is kept between two readings.
 
     >>> x = TaskVectors(["a", "b"], {"w": (3,)}, lambda name: torch.tensor([[1.0, -4.0, 2.0], [0.0, 0.5, -0.5]]))
@@ -121,10 +124,6 @@ class TaskVectors(Mapping[str, torch.Tensor]):
         """Read the weights one after the other as flat float32 numbers [task, elements]."""
         for name in self:
             yield self[name].detach().cpu().float().reshape(len(self.tasks), -1).numpy()
-
-
-Array = np.ndarray[Any, Any]
-Weigh = Callable[[Array], Array]
 
 
 def _blocks(row: Array) -> Iterator[Array]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import torch
 
@@ -88,7 +88,7 @@ def everything(part: TaskVectors, how: Trimming) -> TaskVectors:
     return part
 
 
-Vote = Callable[[torch.Tensor], torch.Tensor]
+Vote: TypeAlias = "Callable[[torch.Tensor], torch.Tensor]"
 TRIM = {"topk": top_entries, "std": outliers, "energy": energetic, "none": everything}
 ELECT: dict[str, Callable[[TaskVectors], Vote]] = {
     "mass": lambda trimmed: _kernels.elect_by_mass,

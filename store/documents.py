@@ -85,6 +85,11 @@ def utc_now() -> str:
     return datetime.datetime.now(datetime.timezone.utc).replace(tzinfo=None).isoformat(timespec="microseconds")
 
 
+def moment(text: str) -> datetime.datetime:
+    """Return the moment `utc_now` wrote."""
+    return datetime.datetime.fromisoformat(text)
+
+
 def is_final(document: Document) -> bool:
     """Return whether the document tells of a run's end."""
     return bool(document["status"] != "started")
@@ -133,5 +138,5 @@ def _cell(column: str, value: Any) -> Any:
     if column in _NUMBERS:
         return float(value) if math.isfinite(float(value)) else None
     if column in _TIMES:
-        return datetime.datetime.fromisoformat(value)
+        return moment(value)
     return str(value)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from mergectl.store import migrate, segments
 from mergectl.store.database import attached, first_line
-from mergectl.store.documents import COLUMNS, Document, Row, is_final, rows_of
+from mergectl.store.documents import COLUMNS, Document, Row, is_final, moment, rows_of
 from mergectl.store.errors import StoreError
 from mergectl.store.ids import run_id
 from mergectl.store.lock import PATIENCE, hold
@@ -91,7 +91,7 @@ def put_rows(connection: duckdb.DuckDBPyConnection, documents: Iterable[Document
     known = {row[0]: row[1:] for row in connection.execute(asked, [names]).fetchall()}
     for document in batch:
         status, began = known.get(document["run_id"], (None, None))
-        if status not in (None, "started") and is_final(document) and began != rows_of(document)["runs"][0][11]:
+        if status not in (None, "started") and is_final(document) and began != moment(document["started_at"]):
             document["run_id"] = _other_id(document)  # another lab's run: both stay
             status = known.get(document["run_id"], (None, None))[0]
         if status is None or (status == "started" and is_final(document)):

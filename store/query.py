@@ -45,9 +45,12 @@ def query(
 @contextlib.contextmanager
 def reading(places: Places) -> Iterator[duckdb.DuckDBPyConnection]:
     """Yield a connection that can only read the store, in which runs that died show as lost."""
-    if not _current(places):
-        ingest.upgrade(places)
-    with hold(places.lock, exclusive=False), attached(places.database, write=False) as connection:
+    with contextlib.ExitStack() as stack:
+        connection = _look(places, stack)
+        if not migrate.check(connection, places.database):
+            stack.close()
+            ingest.upgrade(places)
+            connection = _look(places, stack)
         _mark_lost(connection, places)
         for setting in ("python_enable_replacements", "enable_external_access"):
             connection.execute(f"SET {setting}=false")
@@ -55,9 +58,10 @@ def reading(places: Places) -> Iterator[duckdb.DuckDBPyConnection]:
         yield connection
 
 
-def _current(places: Places) -> bool:
-    with hold(places.lock, exclusive=False), attached(places.database, write=False) as connection:
-        return migrate.check(connection, places.database)
+def _look(places: Places, stack: contextlib.ExitStack) -> duckdb.DuckDBPyConnection:
+    """Open the database to read, until the stack is closed."""
+    stack.enter_context(hold(places.lock, exclusive=False))
+    return stack.enter_context(attached(places.database, write=False))
 
 
 def _mark_lost(connection: duckdb.DuckDBPyConnection, places: Places) -> None:

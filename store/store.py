@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import platform
 import time
@@ -18,6 +19,16 @@ from mergectl.store.ids import reserve
 from mergectl.store.places import Places, locate
 from mergectl.store.query import Table, query
 from mergectl.store.run import Run
+
+# A run's row with what hangs on it; `decoded` makes Python values of it.
+WHOLE_RUN = """
+SELECT *,
+    (SELECT list({role: role, task: task, ref: ref, digest: digest, run_id: parent_run}) FROM inputs i
+        WHERE i.run_id = r.run_id) AS inputs,
+    (SELECT list({kind: kind, path: path, digest: digest, bytes: bytes}) FROM artifacts a
+        WHERE a.run_id = r.run_id) AS artifacts,
+    (SELECT list({key: key, value: value}) FROM environment e WHERE e.run_id = r.run_id) AS environment
+FROM runs r WHERE """
 
 PAUSE = 2.0  # seconds between a process's own ingests; the segments are safe meanwhile
 
@@ -85,29 +96,22 @@ class Store:
 
     def find(self, prefix: str) -> dict[str, Any] | None:
         """Return the run with this id, the newest with this name, or the only one whose id begins so."""
-        if self.places.empty():
-            return None
-        found = self.query(
-            "SELECT run_id FROM runs WHERE run_id = $1 OR name = $1 OR (length($1) >= 2 AND starts_with(run_id, $1)) "
+        found = self._runs(
+            "run_id = $1 OR name = $1 OR (length($1) >= 2 AND starts_with(run_id, $1)) "
             "ORDER BY run_id = $1 DESC, name = $1 DESC NULLS LAST, started_at DESC", [prefix],
-        ).rows  # fmt: skip
-        if not found:
-            return None
-        run = self._run(found[0][0])
-        if len(found) > 1 and prefix not in (run["run_id"], run["name"]):
-            names = ", ".join(row[0] for row in found[:5]) + (", ..." if len(found) > 5 else "")
+        )  # fmt: skip
+        if len(found) > 1 and prefix not in (found[0]["run_id"], found[0]["name"]):
+            names = ", ".join(run["run_id"] for run in found[:5]) + (", ..." if len(found) > 5 else "")
             raise StoreError(f"{len(found)} runs begin with {prefix}: {names}. Give more of the id.")
-        return run
+        return found[0] if found else None
 
     def finished(self, digest: str, *, kind: str | None = None) -> dict[str, Any] | None:
         """Return the newest finished run whose config has this digest (see `digest_of`)."""
-        if self.places.empty():
-            return None
-        found = self.query(
-            "SELECT run_id FROM runs WHERE config_digest = $1 AND status = 'finished' AND kind = coalesce($2, kind) "
+        found = self._runs(
+            "config_digest = $1 AND status = 'finished' AND kind = coalesce($2, kind) "
             "ORDER BY ended_at DESC, run_id LIMIT 1", [digest, kind],
-        ).rows  # fmt: skip
-        return self._run(found[0][0]) if found else None
+        )  # fmt: skip
+        return found[0] if found else None
 
     def leaderboard(
         self, split: str = "report", suite: str | None = None, tasks: Sequence[str] | None = None
@@ -125,13 +129,11 @@ class Store:
             raise StoreError(f"No run '{prefix}' in {self.path}.")
         return run
 
-    def _run(self, run_id: str) -> dict[str, Any]:
-        """Return one run's row as a dictionary, with its inputs, artifacts and environment."""
-        run = self.query("SELECT * FROM runs WHERE run_id = ?", [run_id]).records()[0]
-        for table in ("inputs", "artifacts"):
-            run[table] = self.query(f"SELECT * EXCLUDE (run_id) FROM {table} WHERE run_id = ?", [run_id]).records()
-        pairs = self.query("SELECT key, value FROM environment WHERE run_id = ?", [run_id]).rows
-        return boards.decoded(run) | {"environment": dict(pairs)}
+    def _runs(self, condition: str, params: Sequence[Any]) -> list[dict[str, Any]]:
+        """Return the runs that meet a condition, each with its inputs, artifacts and environment."""
+        if self.places.empty():
+            return []
+        return [decoded(run) for run in self.query(WHOLE_RUN + condition, params).records()]
 
     def _ingest_soon(self) -> None:
         """Ingest if the lock is free and the last time is not a moment ago; the run itself is safe already."""
@@ -145,6 +147,14 @@ class Store:
 def open_store(path: str | os.PathLike[str] | None = None) -> Store:
     """Return the store at a path, at MERGECTL_STORE, or at ./lab/mergectl.duckdb."""
     return Store(path)
+
+
+def decoded(run: dict[str, Any]) -> dict[str, Any]:
+    """Return a run's row with its JSON columns as Python values and its environment as a dictionary."""
+    values = {key: json.loads(run[key]) for key in ("config", "command") if run[key] is not None}
+    environment = {pair["key"]: pair["value"] for pair in run["environment"] or ()}
+    lists = {"inputs": run["inputs"] or [], "artifacts": run["artifacts"] or []}
+    return run | values | lists | {"environment": environment}
 
 
 def _input(entry: Mapping[str, Any]) -> dict[str, Any]:

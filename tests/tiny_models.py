@@ -36,7 +36,11 @@ def sentences(split: str) -> Mapping[str, list[Any]]:
     texts, labels = [], []
     for _ in range(96):
         adjective = chance.randrange(6)
-        words = [chance.choice(WORDS[9:11]), chance.choice(WORDS[6:9]), *[chance.choice(WORDS[11:])] * chance.randint(1, 6)]
+        words = [
+            chance.choice(WORDS[9:11]),
+            chance.choice(WORDS[6:9]),
+            *[chance.choice(WORDS[11:])] * chance.randint(1, 6),
+        ]
         texts.append(" ".join([*words, WORDS[adjective]]))
         labels.append(int(adjective < 3))
     return {"sentence": texts, "label": labels}

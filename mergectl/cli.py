@@ -1,0 +1,145 @@
+"""The command line: words in, one function called, results out. Heavy imports happen inside the verbs."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from mergectl import commands
+from mergectl.errors import UserError, WorkError, did_you_mean
+from mergectl.lab import Lab
+from mergectl.options import arrange, command
+
+SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
+
+
+class Verbs(TyperGroup):
+    """The verbs; a misspelt one is refused with the nearest."""
+
+    def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:
+        """Find the verb, or say which was meant."""
+        if args and not args[0].startswith("-") and args[0] not in self.commands:
+            raise UserError(f"No command '{args[0]}'.{did_you_mean(args[0], self.commands)}")
+        return super().resolve_command(ctx, args)
+
+
+class Methods(TyperGroup):
+    """One command per merging method, made from its file when it is asked for."""
+
+    def list_commands(self, ctx: typer.Context) -> list[str]:
+        """All methods and presets that merge."""
+        return commands.mergers()
+
+    def get_command(self, ctx: typer.Context, cmd_name: str) -> Any:
+        """Build a method's command from its settings."""
+        if cmd_name not in commands.mergers():
+            raise UserError(f"No method '{cmd_name}'.{did_you_mean(cmd_name, commands.mergers())}")
+        made = typer.Typer(add_completion=False, context_settings=SETTINGS, rich_markup_mode="rich")
+        function, text, epilog = commands.for_method(str(self.name), cmd_name)
+        made.command(cmd_name, help=text, epilog=epilog)(function)
+        return typer.main.get_command(made)
+
+
+app = typer.Typer(
+    cls=Verbs, no_args_is_help=True, pretty_exceptions_enable=False, context_settings=SETTINGS, rich_markup_mode="rich",
+    help="The laboratory for merging fine-tuned transformers.",
+    epilog="A model is a folder, a hub id (org/name@revision) or a run of the store. A task is suite/task or a whole suite.",
+)  # fmt: skip
+merge_app = typer.Typer(cls=Methods, invoke_without_command=True, context_settings=SETTINGS)
+search_app = typer.Typer(cls=Methods, no_args_is_help=True, context_settings=SETTINGS)
+
+
+def _version(on: bool) -> None:
+    if on:
+        from mergectl import __version__
+
+        print(f"mergectl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
+
+
+@merge_app.callback()
+def _merge(
+    ctx: typer.Context,
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="A recipe file instead of options.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="With -c: the folder to write.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="With -c: replace the output folder.")] = False,
+    store: Annotated[Path, typer.Option("--store", envvar="MERGECTL_STORE", hidden=True)] = Path("lab/mergectl.duckdb"),
+    as_json: Annotated[bool, typer.Option("--json", hidden=True)] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", hidden=True)] = False,
+    debug: Annotated[bool, typer.Option("--debug", hidden=True)] = False,
+) -> None:
+    """Merge experts into one model by a method, or as a recipe file says (-c)."""
+    from mergectl.terminal import Terminal
+
+    if config is not None:
+        words = ("mergectl", *sys.argv[1:])
+        lab = Lab(store_path=store, terminal=Terminal(quiet=quiet, as_json=as_json), command=words)
+        commands.merge_recipe(lab, config, out, force)
+    elif ctx.invoked_subcommand is None:
+        print(ctx.get_help())
+        raise typer.Exit(2)
+
+
+@search_app.callback()
+def _search() -> None:
+    """Search a method's settings on `tune`, keep the best, score it once on `report`."""
+
+
+app.command("finetune")(command(commands.finetune))
+app.add_typer(merge_app, name="merge")
+app.command("eval")(command(commands.evaluate))
+app.add_typer(search_app, name="search")
+app.command("report")(command(commands.report))
+app.command("run")(command(commands.run))
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit code: 0 done, 1 failed, 2 bad input, 130 interrupted."""
+    words = list(sys.argv[1:] if args is None else args)
+    try:
+        app(arrange(words), prog_name="mergectl")
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except KeyboardInterrupt:
+        return _say("Interrupted.", 130)
+    except Exception as error:
+        if "--debug" in words:
+            traceback.print_exc()
+        return _explain(error)
+    return 0
+
+
+def _explain(error: Exception) -> int:
+    """One sentence for a person, and the exit code that belongs to it."""
+    from mergectl.benchmarks._contract import BenchmarkError
+    from mergectl.methods._contract import MethodError
+    from mergectl.store.errors import StoreError
+
+    if isinstance(error, UserError | MethodError | BenchmarkError | StoreError):
+        return _say(f"Error: {error}", 2)
+    if isinstance(error, WorkError | OSError | MemoryError):
+        return _say(f"Failed: {error or type(error).__name__}", 1)
+    return _say(f"Failed, and the fault is ours: {type(error).__name__}: {error}. See it with --debug.", 1)
+
+
+def _say(text: str, code: int) -> int:
+    sys.stderr.write(text + "\n")
+    return code
+
+
+def entry() -> None:
+    """The console script."""
+    sys.exit(main())

@@ -1,0 +1,236 @@
+"""Fine-tune an expert: one task, one base, the best checkpoint by the `tune` split, resumable after a kill."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from mergectl import artefacts
+from mergectl.errors import UserError
+
+if TYPE_CHECKING:
+    from mergectl.benchmarks._contract import Task
+    from mergectl.models import Source
+    from mergectl.preprocess import Preparer
+
+Progress: TypeAlias = Callable[[int, int, str], None]
+LEARNING_RATES = {"none": 5e-5, "lora": 5e-4, "ia3": 5e-3}
+SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial")
+JOB = "job.json"
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """All that decides what an expert becomes."""
+
+    task: str
+    base: str
+    epochs: float = 3.0
+    max_steps: int | None = None  # instead of epochs
+    lr: float | None = None  # None: 5e-5, for lora 5e-4, for ia3 5e-3
+    batch_size: int = 16
+    weight_decay: float = 0.01
+    warmup: float = 0.06  # share of all steps
+    scheduler: str = "linear"
+    max_length: int = 128
+    seed: int = 0
+    peft: str = "none"
+    rank: int = 8
+    alpha: float = 16
+    dropout: float = 0.0  # of LoRA
+    targets: tuple[str, ...] = ()  # modules that get adapters; empty: chosen by the model
+    bf16: bool = False
+    accumulation: int = 1
+    patience: int | None = None  # stop after so many evaluations without a better score
+    eval_every: int | None = None  # steps; None: each epoch
+    device: str = "auto"
+    limit_fit: int | None = None
+    limit_tune: int | None = None
+    from_scratch: bool = False  # the base's configuration with fresh weights
+
+    def __post_init__(self) -> None:
+        for name, low, high, rule in _RANGES:
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise UserError(f"{name} must {rule}, got {value}.")
+        for name, words in (("peft", tuple(LEARNING_RATES)), ("scheduler", SCHEDULERS)):
+            if getattr(self, name) not in words:
+                raise UserError(f"{name} must be one of {', '.join(words)}, got '{getattr(self, name)}'.")
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate in use."""
+        return LEARNING_RATES[self.peft] if self.lr is None else self.lr
+
+
+_MANY = 10**9
+_RANGES: tuple[tuple[str, float, float, str], ...] = (
+    ("epochs", 1e-6, 10**6, "be above 0"),
+    ("max_steps", 1, _MANY, "be at least 1"),
+    ("lr", 1e-12, 10, "lie above 0 and at most be 10"),
+    ("batch_size", 1, 10**6, "be at least 1"),
+    ("weight_decay", 0, 10, "lie between 0 and 10"),
+    ("warmup", 0, 0.99, "lie between 0 and 0.99: it is a share of all steps"),
+    ("max_length", 4, 10**6, "be at least 4 tokens"),
+    ("rank", 1, 4096, "lie between 1 and 4096"),
+    ("alpha", 1e-6, 10**6, "be above 0"),
+    ("dropout", 0, 0.99, "lie between 0 and 0.99"),
+    ("accumulation", 1, 10**6, "be at least 1"),
+    ("patience", 1, _MANY, "be at least 1"),
+    ("eval_every", 1, _MANY, "be at least 1"),
+    ("limit_fit", 1, _MANY, "be at least 1"),
+    ("limit_tune", 1, _MANY, "be at least 1"),
+    ("seed", 0, 2**32 - 1, "lie between 0 and 4294967295"),
+)
+
+
+def finetune(
+    config: FinetuneConfig,
+    out: Path,
+    *,
+    data: Path | None = None,
+    run: Any = None,
+    progress: Progress | None = None,
+    force: bool = False,
+    task: Task | None = None,
+) -> dict[str, Any]:
+    """Train an expert into the folder `out` and return its scores, curve, steps and seconds.
+
+    A killed training goes on where it was when it is started again with the same configuration.
+    """
+    from mergectl.models import open_source, pick_device, quiet
+    from mergectl.training import arguments
+
+    out = Path(out)
+    artefacts.check_free(out, force)
+    device = pick_device(config.device)
+    task = task or _resolved(config.task)
+    if task.head:
+        raise UserError(f"{task.id} is answered with the head of another task, so there is nothing to train.")
+    source = open_source(config.base)
+    job = _job(config, task, source)
+    with quiet(), _work_folder(out) as work:
+        args = arguments(config, work, device)
+        if args.process_index == 0:
+            _claim(work, job)
+        return _train(config, task, source, args, out, data=data, run=run, progress=progress, force=force)
+
+
+def _train(
+    config: FinetuneConfig, task: Task, source: Source, args: Any, out: Path,
+    *, data: Path | None, run: Any, progress: Progress | None, force: bool,
+) -> dict[str, Any]:  # fmt: skip
+    from mergectl import lowrank, models, training
+    from mergectl.bench import make_bench
+
+    model = models.build(source, task, seed=config.seed, from_scratch=config.from_scratch)
+    preparer = models.preparer_for(source, model.config, task, config.max_length)
+    examples = _examples(task, preparer, config, data)
+    bench = make_bench(task, preparer, split="tune", data=data, limit=config.limit_tune, seed=config.seed)
+    if config.peft != "none":
+        model = lowrank.put_on(model, config)
+    trainer = training.make_trainer(config, args, model, examples, bench, run=run, progress=progress)
+    checkpoint = training.last_checkpoint(Path(args.output_dir))
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    result = _result(trainer, task, out, time.perf_counter() - start, resumed=checkpoint is not None)
+    result |= {"examples": len(examples), "tune_examples": len(bench)}
+    if trainer.is_world_process_zero():
+        _write(config, task, source, trainer.model, preparer, out, result, run, force)
+    trainer.accelerator.wait_for_everyone()
+    return result
+
+
+def _resolved(word: str) -> Task:
+    from mergectl.tasks import resolve
+
+    found = resolve([word])
+    if len(found) != 1:
+        raise UserError(f"'{word}' is a suite of {len(found)} tasks. An expert is trained on one: name suite/task.")
+    return found[0]
+
+
+def _examples(task: Task, preparer: Preparer, config: FinetuneConfig, data: Path | None) -> list[dict[str, Any]]:
+    from mergectl.benchmarks import _rows
+
+    rows = _rows.load(task, "fit", data=data, limit=config.limit_fit, seed=config.seed)
+    examples = preparer.prepare(task, rows.columns)
+    return [{**example, "labels": label} for example, label in zip(examples, rows.labels, strict=True)]
+
+
+def _result(trainer: Any, task: Task, out: Path, seconds: float, *, resumed: bool) -> dict[str, Any]:
+    from mergectl.training import curve
+
+    state = trainer.state
+    rows = curve(state.log_history)
+    best = next((row for row in rows if row["step"] == state.best_global_step), rows[-1])
+    names = ("score", *dict.fromkeys((task.metric, *task.metrics)))
+    return {
+        "out": str(out), "task": task.id, "score": best["score"], "metrics": {name: best[name] for name in names},
+        "best_step": int(best["step"]), "best_epoch": best["epoch"], "steps": state.global_step, "curve": rows,
+        "seconds": seconds, "resumed": resumed,
+    }  # fmt: skip
+
+
+def _write(
+    config: FinetuneConfig, task: Task, source: Source, model: Any, preparer: Preparer, out: Path,
+    result: Mapping[str, Any], run: Any, force: bool,
+) -> None:  # fmt: skip
+    """Write the full model, its tokenizer or image settings, the adapter if there is one, and the record."""
+    from mergectl import lowrank
+
+    with artefacts.new_folder(out, force=force) as folder:
+        if config.peft != "none":
+            model.peft_config["default"].base_model_name_or_path = config.base
+            model.save_pretrained(folder / "adapter")
+            model = lowrank.fold(model)
+        model.save_pretrained(folder)
+        preparer.save(folder)
+        artefacts.write_json(folder / "mergectl.json", _record(config, task, source, result, run))
+
+
+def _record(config: FinetuneConfig, task: Task, source: Source, result: Mapping[str, Any], run: Any) -> dict[str, Any]:
+    from mergectl.lab import versions
+
+    return {
+        "kind": "expert", "task": task.id, "task_version": task.version, "kind_of_task": task.kind,
+        "labels": list(task.labels), "base": config.base,
+        "base_digest": None if source.weights is None else source.weights.digest,
+        "recipe": {**asdict(config), "lr": config.learning_rate}, "seed": config.seed,
+        "tune": dict(result["metrics"]), "best_step": result["best_step"], "steps": result["steps"],
+        "versions": versions(), "run": getattr(run, "id", None),
+    }  # fmt: skip
+
+
+def _job(config: FinetuneConfig, task: Task, source: Source) -> dict[str, Any]:
+    """What must be the same for a training to be gone on with."""
+    digest = None if source.weights is None else source.weights.digest
+    found = {**asdict(config), "task": task.id, "version": task.version, "base_digest": digest}
+    copied: dict[str, Any] = json.loads(json.dumps(found))
+    return copied
+
+
+@contextmanager
+def _work_folder(out: Path) -> Iterator[Path]:
+    """The hidden folder of training checkpoints beside the output; it stays when training did not end well."""
+    work = out.absolute().parent / f".{out.name}.training"
+    yield work
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _claim(work: Path, job: Mapping[str, Any]) -> None:
+    """Keep the checkpoints of an interrupted training of this very job; clear away those of any other."""
+    try:
+        same = json.loads((work / JOB).read_text(encoding="utf-8")) == job
+    except (OSError, ValueError):
+        same = False
+    if not same:
+        shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True, exist_ok=True)
+    artefacts.write_json(work / JOB, job)

@@ -1,0 +1,183 @@
+"""The verb `run`: a pipeline of verbs, in order, without doing again what the store already holds."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mergectl.config import PipelineFile, named, read_file
+from mergectl.errors import UserError, did_you_mean
+from mergectl.lab import Lab
+from mergectl.terminal import print_table
+
+SHIPPED = Path(__file__).parent / "pipelines"
+
+
+def shipped() -> dict[str, Path]:
+    """The pipelines that come with mergectl, by name."""
+    return {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
+
+
+def show_all() -> None:
+    """List the shipped pipelines."""
+    rows = [(name, read_file(path, PipelineFile).title) for name, path in shipped().items()]
+    print_table("Pipelines: mergectl run NAME", ("name", "what it does"), rows, left=2)
+
+
+def load(name: str, changes: Mapping[str, str]) -> PipelineFile:
+    """Read a shipped pipeline or a file, and put the settings in."""
+    path = shipped().get(name) or Path(name)
+    if not path.exists():
+        raise UserError(f"No pipeline '{name}'.{did_you_mean(name, shipped())}")
+    pipeline = read_file(path, PipelineFile)
+    unknown = [key for key in changes if key not in pipeline.settings]
+    if unknown:
+        raise UserError(f"The pipeline has no setting '{unknown[0]}'.{did_you_mean(unknown[0], pipeline.settings)}")
+    settings = {**pipeline.settings, **{key: yaml.safe_load(value) for key, value in changes.items()}}
+    steps = [_filled(step, settings) for step in pipeline.steps]
+    return pipeline.model_copy(update={"steps": steps, "settings": settings})
+
+
+def _filled(value: Any, settings: Mapping[str, Any]) -> Any:
+    """Replace `${name}` by the pipeline's settings; a lone one keeps its type."""
+    if isinstance(value, dict):
+        return {key: _filled(item, settings) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_filled(item, settings) for item in value]
+    if not isinstance(value, str):
+        return value
+    whole = re.fullmatch(r"\$\{(\w+)\}", value)
+    if whole:
+        return settings[whole[1]]
+    return re.sub(r"\$\{(\w+)\}", lambda match: str(settings[match[1]]), value)
+
+
+def run(lab: Lab, name: str, changes: Mapping[str, str], *, dry_run: bool = False) -> None:
+    """Execute a pipeline's steps in order; one that a finished run already did is skipped."""
+    from dataclasses import replace
+
+    pipeline = load(name, changes)
+    folder = lab.folder / "runs" / Path(name).stem
+    for number, step in enumerate(pipeline.steps, 1):
+        _check(step, number)
+    if dry_run:
+        rows = [(n, _verb(step), _line(step[_verb(step)])) for n, step in enumerate(pipeline.steps, 1)]
+        print_table(pipeline.title, ("step", "verb", "what"), rows, left=3)
+        return
+    if "seed" in pipeline.settings:
+        lab = replace(lab, seed=int(pipeline.settings["seed"]))
+    lab.terminal.say(pipeline.title)
+    began = time.perf_counter()
+    for number, step in enumerate(pipeline.steps, 1):
+        verb = _verb(step)
+        started = time.perf_counter()
+        again = STEPS[verb](lab, folder, step[verb])
+        spent = "already done" if again else f"{time.perf_counter() - started:.1f} s"
+        lab.terminal.say(f"[{number}/{len(pipeline.steps)}] {verb} {_line(step[verb])}: {spent}")
+    lab.terminal.say(f"Done in {time.perf_counter() - began:.0f} s.")
+    _finish(lab, pipeline)
+
+
+def _finish(lab: Lab, pipeline: PipelineFile) -> None:
+    from mergectl.report import leaderboard
+
+    suites = {word.split("/")[0] for step in pipeline.steps for word in step.get("eval", {}).get("on", [])}
+    leaderboard(lab, "report", suites.pop() if len(suites) == 1 else None, "json" if lab.terminal.as_json else "table")
+    if pipeline.next:
+        lab.terminal.say("\nTry next:")
+        for line in pipeline.next:
+            lab.terminal.say(f"  {line}")
+
+
+def _verb(step: Mapping[str, Any]) -> str:
+    return next(iter(step))
+
+
+def _check(step: Mapping[str, Any], number: int) -> None:
+    if len(step) != 1 or _verb(step) not in STEPS:
+        known = ", ".join(STEPS)
+        raise UserError(f"Step {number} of the pipeline must be one of {known}, got {', '.join(step)}.")
+
+
+def _line(what: Mapping[str, Any]) -> str:
+    words = [what.get(key) for key in ("method", "tasks", "model", "models", "sampler")]
+    return " ".join(" ".join(w) if isinstance(w, list) else str(w) for w in words if w)
+
+
+def _finetune(lab: Lab, folder: Path, what: dict[str, Any]) -> bool:
+    from mergectl.verbs import finetune_experts
+
+    options = {key: value for key, value in what.items() if key not in ("tasks", "base", "out")}
+    base = what["base"]
+    if isinstance(base, dict):
+        base = _config_file(folder, base)
+    results = finetune_experts(lab, what["tasks"], _inside(folder, base), folder / what.get("out", ""), options, reuse=True)
+    return all(result["again"] for result in results)
+
+
+def _config_file(folder: Path, config: Mapping[str, Any]) -> str:
+    """A model configuration written in the pipeline, as a file to start from."""
+    import json
+
+    from mergectl.artefacts import write_text
+
+    path = folder / "config" / f"{config['model_type']}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(config, indent=2) + "\n")
+    return str(path)
+
+
+def _inside(folder: Path, ref: str) -> str:
+    """`@name` is the model that an earlier step wrote."""
+    return str(folder / ref[1:]) if ref.startswith("@") else ref
+
+
+def _job(lab: Lab, folder: Path, what: Mapping[str, Any]) -> Any:
+    from mergectl.merge import MergeJob
+    from mergectl.merging import recipe_of
+
+    recipe = recipe_of(what["method"], what.get("settings", {}), what.get("refine", []), lab.seed)
+    experts = tuple((task, _inside(folder, ref)) for task, ref in named(what["experts"]))
+    base = what.get("base")
+    return MergeJob(recipe, experts, _inside(folder, base) if base else None)
+
+
+def _merge(lab: Lab, folder: Path, what: dict[str, Any]) -> bool:
+    from mergectl.verbs import merge_models
+
+    return bool(merge_models(lab, _job(lab, folder, what), folder / what["out"], reuse=True)["again"])
+
+
+def _eval(lab: Lab, folder: Path, what: dict[str, Any]) -> bool:
+    from mergectl.verbs import evaluate_model
+
+    heads = tuple((task, _inside(folder, ref)) for task, ref in named(what.get("heads", [])))
+    models = what.get("models") or [what["model"]]
+    results = [
+        evaluate_model(lab, _inside(folder, model), what.get("on", []), heads=heads, reuse=True, limit=what.get("limit"))
+        for model in models
+    ]
+    return all(result["again"] for result in results)
+
+
+def _search(lab: Lab, folder: Path, what: dict[str, Any]) -> bool:
+    from mergectl.tuning import SearchJob, search_settings
+
+    job = SearchJob(
+        _job(lab, folder, {**what, "settings": what.get("fix", {})}), tuple(what.get("on", [])), what.get("sampler", "random"),
+        what.get("trials", 20), what.get("range", {}), tuple(what.get("per_task", [])), what.get("limit"),
+    )  # fmt: skip
+    return bool(search_settings(lab, job, folder / what["out"], reuse=True)["again"])
+
+
+STEPS: dict[str, Callable[[Lab, Path, dict[str, Any]], bool]] = {
+    "finetune": _finetune,
+    "merge": _merge,
+    "eval": _eval,
+    "search": _search,
+}

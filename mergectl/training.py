@@ -1,0 +1,189 @@
+"""The training loop: transformers' Trainer, scored on `tune` by our own evaluation, resumable at any moment."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+
+from mergectl.bench import Bench, score_model
+from mergectl.errors import WorkError
+
+if TYPE_CHECKING:
+    from mergectl.finetune import FinetuneConfig
+
+Progress: TypeAlias = Callable[[int, int, str], None]
+FIT, TUNE = {"loss": "loss", "learning_rate": "lr"}, "eval_"
+UNRECORDED = ("eval_examples", "eval_seconds")
+
+
+class TaskTrainer(Trainer):  # type: ignore[misc, unused-ignore]
+    """Trainer with three changes: evaluation by our benches, checkpoints under live names, and no silent misload."""
+
+    control: Any
+
+    def __init__(self, *, bench: Bench, dtype: str, **facts: Any) -> None:
+        super().__init__(**facts)
+        self._bench, self._dtype = bench, dtype
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Score the model on the `tune` split and tell the callbacks."""
+        found = score_model(self.model, self._bench, dtype=self._dtype)
+        metrics = {f"{TUNE}{name}": value for name, value in found.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Save under the live names: Trainer loads them back that way, and a ViT is stored under others."""
+        from peft import PeftModel
+        from safetensors.torch import save_model
+
+        if isinstance(self.model, PeftModel):
+            super()._save(output_dir, state_dict)
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_model(self.model, str(folder / "model.safetensors"))
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Weights that a checkpoint lacks would stay random: that is an error here."""
+        lost = [name for name in load_result.missing_keys if not self._is_tied(name)]
+        if lost or load_result.unexpected_keys:
+            name = (lost + list(load_result.unexpected_keys))[0]
+            raise WorkError(f"The training checkpoint in {self.args.output_dir} does not fit the model ('{name}').")
+
+    def _is_tied(self, name: str) -> bool:
+        return name in (getattr(self.model, "_tied_weights_keys", None) or ())
+
+
+class Recorder(TrainerCallback):  # type: ignore[misc, unused-ignore]
+    """Tells the caller how far training is, and the run what was measured."""
+
+    def __init__(self, task: str, run: Any, progress: Progress | None) -> None:
+        self._task, self._run, self._progress = task, run, progress
+        self._seen: dict[str, float] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """After a resume, repeat what was measured before the interruption."""
+        for entry in state.log_history:
+            self._record(entry, int(entry["step"]))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Report one step."""
+        if self._progress is not None and state.is_world_process_zero:
+            facts = "".join(f" {name} {value:.3f}" for name, value in self._seen.items())
+            self._progress(state.global_step, state.max_steps, f"{self._task}{facts}")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **_: Any) -> None:
+        """Record the training loss, the learning rate and the scores."""
+        self._record(logs or {}, state.global_step)
+
+    def _record(self, entry: Mapping[str, float], step: int) -> None:
+        for name, split, value in measured(entry):
+            if name in ("loss", "score"):
+                self._seen[name] = value
+            if self._run is not None:
+                self._run.metric(name, value, task=self._task, split=split, step=step)
+
+
+def measured(entry: Mapping[str, float]) -> list[tuple[str, str, float]]:
+    """What one entry of the Trainer's log says, as (name, split, value)."""
+    fit = [(new, "fit", float(entry[old])) for old, new in FIT.items() if old in entry]
+    tune = [
+        (name.removeprefix(TUNE), "tune", float(value))
+        for name, value in entry.items()
+        if name.startswith(TUNE) and name not in UNRECORDED
+    ]
+    return fit + tune
+
+
+def loss(regression: bool) -> Callable[..., Any]:
+    """Mean loss per example of the whole batch, however it is cut into accumulated parts or spread over devices."""
+    from torch.nn.functional import cross_entropy, mse_loss
+
+    def compute(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
+        logits = outputs["logits"].float()
+        items = labels.numel() if num_items_in_batch is None else num_items_in_batch
+        if regression:
+            return mse_loss(logits.view(-1), labels.float().view(-1), reduction="sum") / items
+        return cross_entropy(logits, labels, reduction="sum") / items
+
+    return compute
+
+
+def arguments(config: FinetuneConfig, folder: Path, device: str) -> TrainingArguments:
+    """Trainer's settings for a fine-tuning job."""
+    import torch
+
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)
+    every = "epoch" if config.eval_every is None else "steps"
+    found = TrainingArguments(
+        output_dir=str(folder), per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulation, num_train_epochs=config.epochs,
+        max_steps=config.max_steps or -1, learning_rate=config.learning_rate, weight_decay=config.weight_decay,
+        warmup_steps=config.warmup, lr_scheduler_type=config.scheduler, seed=config.seed, data_seed=config.seed,
+        bf16=config.bf16, use_cpu=device == "cpu",
+        eval_strategy=every, save_strategy=every, logging_strategy=every,
+        eval_steps=config.eval_every or 1, save_steps=config.eval_every or 1, logging_steps=config.eval_every or 1,
+        save_total_limit=1, load_best_model_at_end=True, metric_for_best_model="score", greater_is_better=True,
+        restore_callback_states_from_checkpoint=True, remove_unused_columns=False, label_names=["labels"],
+        dataloader_pin_memory=device.startswith("cuda"), dataloader_num_workers=0,
+        report_to="none", disable_tqdm=True, log_level="error",
+    )  # fmt: skip
+    if found.n_gpu > 1:
+        found._n_gpu = 1  # several GPUs are for torchrun; DataParallel would change the batch
+    return found
+
+
+def make_trainer(
+    config: FinetuneConfig,
+    args: TrainingArguments,
+    model: Any,
+    examples: Sequence[Mapping[str, Any]],
+    bench: Bench,
+    *,
+    run: Any = None,
+    progress: Progress | None = None,
+) -> TaskTrainer:
+    """Put model, data and callbacks together."""
+    from transformers import PrinterCallback
+
+    callbacks: list[Any] = [Recorder(bench.task.id, run, progress)]
+    if config.patience is not None:
+        callbacks.append(EarlyStoppingCallback(early_stopping_patience=config.patience))
+    trainer = TaskTrainer(
+        bench=bench, dtype="bfloat16" if config.bf16 else "float32", model=model, args=args,
+        train_dataset=examples, eval_dataset=list(examples[:1]), data_collator=bench.preparer.collate,
+        compute_loss_func=loss(bench.task.kind == "regression"), callbacks=callbacks,
+    )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest training checkpoint that was written to its end, or None."""
+    found = {int(path.name.split("-")[1]): path for path in folder.glob("checkpoint-*") if _is_whole(path)}
+    return str(found[max(found)]) if found else None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))  # written last
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def curve(history: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+    """One row per evaluation: step, epoch, training loss, learning rate and the tune metrics."""
+    rows: dict[int, dict[str, float]] = {}
+    for entry in history:
+        found = {name: value for name, _, value in measured(entry)}
+        if found:
+            rows.setdefault(int(entry["step"]), {"step": entry["step"], "epoch": entry["epoch"]}).update(found)
+    return list(rows.values())

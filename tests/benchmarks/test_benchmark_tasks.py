@@ -1,0 +1,144 @@
+"""The promises of every registered task, checked on its own samples and on made-up source files."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pickle
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mergectl import benchmarks
+from mergectl.benchmarks import _metrics, _rows
+from mergectl.benchmarks._contract import Task, with_suite
+
+SUITES = [m.name for m in pkgutil.iter_modules(benchmarks.__path__) if not m.name.startswith("_")]
+MODULES = {name: importlib.import_module(f"mergectl.benchmarks.{name}") for name in SUITES}
+ALL = [with_suite(task, name) for name, module in MODULES.items() for task in module.TASKS]
+READ = [task for task in ALL if task.make is None]
+MADE = [task for task in ALL if task.make is not None]
+USES = ("fit", "tune", "report")
+
+every_task = pytest.mark.parametrize("task", ALL, ids=lambda task: task.id)
+every_read_task = pytest.mark.parametrize("task", READ, ids=lambda task: task.id)
+
+
+def write_source(folder: Path, task: Task, rows: int = 40) -> Path:
+    """Write every split of a task, each text with its split and row so that no two rows are alike."""
+    for split in {part.split for part in task.parts.values()}:
+        columns = {
+            name: [f"{split} {row}: {task.samples[row % 2][name]}" for row in range(rows)] for name in task.inputs
+        }
+        labels = [task.samples[row % 2][task.label] for row in range(rows)]
+        path = folder / task.source / task.config / f"{split}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table({**columns, task.label: labels}), path)
+    return folder
+
+
+def test_the_first_suites_are_there() -> None:
+    assert {"digits", "glue", "imdb", "snli", "sentences", "files"} <= set(SUITES)
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_a_suite_says_what_it_is(name: str) -> None:
+    module = MODULES[name]
+    first = (module.__doc__ or "").splitlines()[0]
+    names = [task.name for task in module.TASKS]
+    assert first.endswith(".")
+    assert len(first) < 90
+    assert module.TITLE
+    assert len(set(names)) == len(names)
+    assert set(getattr(module, "DEFAULT", names)) <= set(names)
+
+
+def test_the_whole_of_glue_is_its_eight_tasks_in_the_fixed_order() -> None:
+    assert MODULES["glue"].DEFAULT == ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte")
+
+
+@every_task
+def test_a_task_has_two_samples_with_its_inputs_and_a_label_of_its_own(task: Task) -> None:
+    assert len(task.samples) == 2
+    for sample in task.samples:
+        assert set(sample) == {*task.inputs, task.label}
+        label = _rows.label_id(task, sample[task.label], 0, "sample")
+        assert label >= 0
+        if task.labels:
+            assert label < len(task.labels)
+
+
+@every_task
+def test_a_tasks_facts_fit_together(task: Task) -> None:
+    assert task.version >= 1
+    assert set(task.parts) == set(USES)
+    assert {task.metric, *task.metrics} <= set(_metrics.METRICS)
+    assert bool(task.labels) == (task.kind != "regression")
+    assert len(set(task.labels)) == len(task.labels)
+    assert (task.metric in _metrics.FOR_NUMBERS) == (task.kind == "regression")
+    assert task.make is not None or (task.source and task.hub)
+
+
+@every_task
+def test_a_task_travels_to_another_process(task: Task) -> None:
+    assert pickle.loads(pickle.dumps(task)) == task
+
+
+@every_task
+def test_perfect_outputs_score_one(task: Task) -> None:
+    import numpy as np
+
+    labels = [_rows.label_id(task, sample[task.label], 0, "sample") for sample in task.samples]
+    labels = [*labels, labels[0]]
+    outputs = np.asarray(labels, float) if task.kind == "regression" else np.eye(len(task.labels))[labels]
+    assert _metrics.scores(task, labels, outputs)[task.metric] == pytest.approx(1.0)
+
+
+@every_read_task
+def test_fit_tune_and_report_share_no_row(task: Task, tmp_path: Path) -> None:
+    data = write_source(tmp_path, task)
+    rows = {use: _rows.load(task, use, data=data) for use in USES}
+    texts = [text for use in USES for text in rows[use].columns[task.inputs[0]]]
+    ids = [row for use in USES for row in rows[use].ids]
+    assert all(len(rows[use]) for use in USES)
+    assert len(set(texts)) == len(texts)
+    assert len(set(ids)) == len(ids)
+
+
+@every_read_task
+def test_a_row_keeps_its_id_and_label_whatever_the_limit(task: Task, tmp_path: Path) -> None:
+    data = write_source(tmp_path, task)
+    whole = _rows.load(task, "fit", data=data)
+    some = _rows.load(task, "fit", data=data, limit=7)
+    known = {row: (text, label) for row, text, label in zip(*_columns(whole, task), strict=True)}
+    assert len(some) == 7
+    assert all(known[row] == (text, label) for row, text, label in zip(*_columns(some, task), strict=True))
+
+
+def _columns(rows: _rows.Rows, task: Task) -> tuple[list[str], list[str], list[int] | list[float]]:
+    return rows.ids, rows.columns[task.inputs[0]], rows.labels
+
+
+@every_read_task
+def test_loading_twice_gives_the_same_rows(task: Task, tmp_path: Path) -> None:
+    data = write_source(tmp_path, task)
+    assert _rows.load(task, "tune", data=data) == _rows.load(task, "tune", data=data)
+
+
+@pytest.mark.parametrize("task", MADE, ids=lambda task: task.id)
+def test_made_rows_share_nothing_between_uses(task: Task) -> None:
+    ids = [row for use in USES for row in _rows.load(task, use).ids]
+    assert len(set(ids)) == len(ids)
+
+
+def test_listing_tasks_loads_nothing_heavy() -> None:
+    heavy = ["numpy", "torch", "datasets", "sklearn", "scipy", "pyarrow", "PIL", "pandas"]
+    lines = [f"import mergectl.benchmarks.{name}" for name in SUITES]
+    code = ";".join([*lines, f"import sys,json;print(json.dumps([m for m in {heavy} if m in sys.modules]))"])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == []
