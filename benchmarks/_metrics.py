@@ -48,9 +48,12 @@ def majority(labels: Any, predictions: Any) -> float:
 
 
 def matthews(labels: Any, predictions: Any) -> float:
-    """Matthews correlation; 0 where all predictions are the same."""
+    """Matthews correlation; 0 where all predictions, or all labels, are the same."""
+    import numpy as np
     from sklearn.metrics import matthews_corrcoef
 
+    if min(len(np.unique(labels)), len(np.unique(predictions))) < 2:
+        return 0.0
     return float(matthews_corrcoef(labels, predictions))
 
 

@@ -20,7 +20,8 @@ def find(task: Task, use: Use, data: Path | None) -> tuple[str, Table]:
     if task.files:
         return part.split, _tables.read(Path(task.files[use]), columns)
     tried: list[str] = []
-    for split, files in _on_disk(task, part, data, tried):
+    if found := next(_on_disk(task, part, data, tried), None):
+        split, files = found
         return split, _tables.join([_tables.read(file, columns) for file in files])
     return _from_hub(task, use, part, columns, data, tried)
 
@@ -51,7 +52,8 @@ def _in_cache(task: Task, split: str) -> list[Path]:
         return []
     owner, _, name = task.hub.rpartition("/")
     folder = _cache_folder() / "___".join(filter(None, [owner, name.lower()])) / task.config
-    copies = sorted(folder.glob(f"*/{task.revision or '*'}"), key=lambda copy: copy.stat().st_mtime, reverse=True)
+    pinned = task.revision if task.revision and "/" not in task.revision else "*"  # a branch has no folder of its own
+    copies = sorted(folder.glob(f"*/{pinned}"), key=lambda copy: copy.stat().st_mtime, reverse=True)
     for copy in copies:
         files = sorted(copy.glob(f"*-{split}.arrow")) or sorted(copy.glob(f"*-{split}-?????-of-?????.arrow"))
         if files:
@@ -79,7 +81,7 @@ def _from_hub(
         except _NoSplitError as error:
             tried.append(f"the hub's {task.hub} {error}")
         except ConnectionError as error:
-            tried.append(f"the hub could not be reached ({error})")
+            tried.append(f"the hub gave no {task.hub} ({error})")
             break
     where = Path(data or "DIR") / task.source / task.config / f"{part.split}.parquet"
     hint = "" if data else " and pass --data DIR"
@@ -100,13 +102,9 @@ def download(task: Task, split: str) -> Table:
     config = None if task.config == "default" else task.config
     try:
         rows = load_dataset(task.hub, config, split=split, revision=task.revision)
-    except ConnectionError:
-        raise
-    except ValueError as error:
-        if "split" in str(error).lower():
+    except Exception as error:  # the library passes on those of its HTTP, file system and data formats
+        if isinstance(error, ValueError) and "unknown split" in str(error).lower():
             raise _NoSplitError(f"has no split '{split}'") from error
-        raise BenchmarkError(f"The hub's {task.hub} could not be loaded: {error}") from error
-    except OSError as error:
         raise ConnectionError(f"{type(error).__name__}: {error}") from error
     names = {name: tuple(kind.names) for name, kind in rows.features.items() if hasattr(kind, "names")}
     table = rows.with_format("arrow")[:]

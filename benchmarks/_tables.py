@@ -37,7 +37,7 @@ class Table:
 
 def _take(column: Any, rows: Sequence[int]) -> list[Any]:
     if hasattr(column, "to_pylist"):  # pyarrow: take first, convert only what is wanted
-        return list(column.take(rows).to_pylist())
+        return list(column.take(list(rows)).to_pylist())
     return [column[row] for row in rows]
 
 

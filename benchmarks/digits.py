@@ -1,7 +1,8 @@
-"""Real handwritten digits, 8x8 pixels, cut into six related tasks; comes with scikit-learn, no download.
+"""Real handwritten digits, 8x8 pixels, cut into six related tasks; no download is needed.
 
 The 1797 images are permuted once. One share is for pre-training a base (task `pretrain`: digit and turn of an image in
-all its four turns), one for the experts (fit and tune), one for the final scores; no image is in two shares. All tasks look at the same images, in numbers from 0 to 1.
+all its four turns), one for the experts (fit and tune), one for the final scores; no image is in two shares. All tasks
+look at the same images, in numbers from 0 to 1; they come with scikit-learn.
 """
 
 from __future__ import annotations

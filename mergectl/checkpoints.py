@@ -33,13 +33,15 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         self._files = weight_files(folder, ref)
 
     @cached_property
-    def _where(self) -> dict[str, _WeightFile]:
-        where: dict[str, _WeightFile] = {}
+    def _where(self) -> dict[str, WeightFile]:
+        where: dict[str, WeightFile] = {}
         for path in self._files:
-            weights = _WeightFile(path)
+            weights = WeightFile(path)
             for name in weights.header:
                 if name in where:
-                    raise UserError(f"{self.ref}: weight '{name}' stands in both {where[name].path.name} and {path.name}.")
+                    raise UserError(
+                        f"{self.ref}: weight '{name}' stands in both {where[name].path.name} and {path.name}."
+                    )
                 where[name] = weights
         if not where:
             raise UserError(f"{self.ref}: {self._files[0].name} holds no weights.")
@@ -98,7 +100,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         return found
 
 
-class _WeightFile:
+class WeightFile:
     """One weight file: its header at once, its tensors on demand."""
 
     def __init__(self, path: Path) -> None:
@@ -140,7 +142,9 @@ def _open_pickled(path: Path) -> tuple[_Header, Callable[[str], torch.Tensor]]:
         raise UserError(
             f"{path} could not be read as plain weights; pickled code is never run. Convert it to safetensors."
         ) from error
-    header = {name: (tuple(w.shape), _TORCH_TO_WORD[str(w.dtype).removeprefix("torch.")]) for name, w in weights.items()}
+    header = {
+        name: (tuple(w.shape), _TORCH_TO_WORD[str(w.dtype).removeprefix("torch.")]) for name, w in weights.items()
+    }
     return header, weights.__getitem__
 
 

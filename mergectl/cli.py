@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from mergectl import commands
 from mergectl.errors import UserError, WorkError, did_you_mean
@@ -19,8 +19,21 @@ from mergectl.options import arrange, command
 SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
 
 
+class Verb(TyperCommand):
+    """A command whose help is drawn by Rich."""
+
+    def format_help(self, ctx: typer.Context, formatter: Any) -> None:  # type: ignore[override]
+        """Draw the help."""
+        self.rich_markup_mode = "rich"
+        super().format_help(ctx, formatter)  # type: ignore[arg-type]
+
+
 class Verbs(TyperGroup):
-    """The verbs; a misspelt one is refused with the nearest."""
+    """The verbs, in the order of the work; a misspelt one is refused with the nearest."""
+
+    def list_commands(self, ctx: typer.Context) -> list[str]:
+        """In the order of the work."""
+        return sorted(self.commands, key=("finetune", "merge", "eval", "search", "report", "run").index)
 
     def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:
         """Find the verb, or say which was meant."""
@@ -32,6 +45,11 @@ class Verbs(TyperGroup):
 class Methods(TyperGroup):
     """One command per merging method, made from its file when it is asked for."""
 
+    def format_help(self, ctx: typer.Context, formatter: Any) -> None:  # type: ignore[override]
+        """Draw the help with Rich: the methods' sentences want whole lines."""
+        self.rich_markup_mode = "rich"
+        super().format_help(ctx, formatter)  # type: ignore[arg-type]
+
     def list_commands(self, ctx: typer.Context) -> list[str]:
         """All methods and presets that merge."""
         return commands.mergers()
@@ -40,16 +58,17 @@ class Methods(TyperGroup):
         """Build a method's command from its settings."""
         if cmd_name not in commands.mergers():
             raise UserError(f"No method '{cmd_name}'.{did_you_mean(cmd_name, commands.mergers())}")
-        made = typer.Typer(add_completion=False, context_settings=SETTINGS, rich_markup_mode="rich")
+        made = typer.Typer(add_completion=False, context_settings=SETTINGS, rich_markup_mode=None)
         function, text, epilog = commands.for_method(str(self.name), cmd_name)
-        made.command(cmd_name, help=text, epilog=epilog)(function)
+        made.command(cmd_name, cls=Verb, help=text, epilog=epilog)(function)
         return typer.main.get_command(made)
 
 
+# The first page is plain text: loading Rich's Markdown would take half of the time it has.
 app = typer.Typer(
-    cls=Verbs, no_args_is_help=True, pretty_exceptions_enable=False, context_settings=SETTINGS, rich_markup_mode="rich",
+    cls=Verbs, no_args_is_help=True, pretty_exceptions_enable=False, context_settings=SETTINGS, rich_markup_mode=None,
     help="The laboratory for merging fine-tuned transformers.",
-    epilog="A model is a folder, a hub id (org/name@revision) or a run of the store. A task is suite/task or a whole suite.",
+    epilog="A model is a folder, a hub id (org/name@revision) or a run of the store; a task is suite/task or a suite.",
 )  # fmt: skip
 merge_app = typer.Typer(cls=Methods, invoke_without_command=True, context_settings=SETTINGS)
 search_app = typer.Typer(cls=Methods, no_args_is_help=True, context_settings=SETTINGS)
@@ -65,7 +84,9 @@ def _version(on: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     pass
 
@@ -98,12 +119,12 @@ def _search() -> None:
     """Search a method's settings on `tune`, keep the best, score it once on `report`."""
 
 
-app.command("finetune")(command(commands.finetune))
-app.add_typer(merge_app, name="merge")
-app.command("eval")(command(commands.evaluate))
-app.add_typer(search_app, name="search")
-app.command("report")(command(commands.report))
-app.command("run")(command(commands.run))
+app.command("finetune", cls=Verb, short_help="Fine-tune one expert per task.")(command(commands.finetune))
+app.add_typer(merge_app, name="merge", short_help="Merge experts into one model.")
+app.command("eval", cls=Verb, short_help="Score a model on tasks.")(command(commands.evaluate))
+app.add_typer(search_app, name="search", short_help="Search a method's settings.")
+app.command("report", cls=Verb, short_help="Print the leaderboard, a run, or an answer in SQL.")(command(commands.report))
+app.command("run", cls=Verb, short_help="Run a pipeline of verbs.")(command(commands.run))
 
 
 def main(args: Sequence[str] | None = None) -> int:

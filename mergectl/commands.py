@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 import typer
 
-from mergectl.config import named
 from mergectl.errors import UserError
 from mergectl.lab import Lab
 from mergectl.options import command, given_settings, setting_options
@@ -30,9 +29,9 @@ Batch = Annotated[int, typer.Option("--batch-size", min=1, help="Rows per batch.
 
 def mergers() -> list[str]:
     """Methods and presets that merge, by name."""
-    from mergectl.settings import merger_names
+    from mergectl.settings import names
 
-    return merger_names()
+    return names()
 
 
 def for_method(verb: str, method: str) -> tuple[Callable[..., Any], str, str]:
@@ -46,7 +45,9 @@ def for_method(verb: str, method: str) -> tuple[Callable[..., Any], str, str]:
     def run(lab: Lab, **values: Any) -> None:
         function(lab, method, **values)
 
-    own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.name not in ("method", "values")]
+    own = [
+        p for p in inspect.signature(function, eval_str=True).parameters.values() if p.name not in ("method", "values")
+    ]
     run.__signature__ = inspect.Signature([p for p in own if p.kind is not inspect.Parameter.VAR_KEYWORD])  # type: ignore[attr-defined]
     paper = f"{info.title}. {info.paper}" if info.paper else info.title
     return command(run, options), info.summary, paper
@@ -55,11 +56,15 @@ def for_method(verb: str, method: str) -> tuple[Callable[..., Any], str, str]:
 def finetune(
     lab: Lab,
     tasks: Annotated[list[str], typer.Argument(help="Tasks (suite/task) or whole suites: one expert each.")],
-    base: Annotated[str, typer.Option("--base", help="The model to start from; a config.json starts from fresh weights.")],
+    base: Annotated[
+        str, typer.Option("--base", help="The model to start from; a config.json starts from fresh weights.")
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder that gets one folder per task.")] = Path("runs"),
     epochs: Annotated[float, typer.Option(min=0, help="Passes over the fit rows.")] = 3.0,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Stop after so many steps, whatever the epochs.")] = None,
-    lr: Annotated[float, typer.Option(min=0, help="Peak learning rate.")] = 2e-5,
+    lr: Annotated[
+        float | None, typer.Option(help="Peak learning rate; default 5e-5, for lora 5e-4, for ia3 5e-3.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per step.")] = 16,
     accumulation: Annotated[int, typer.Option(min=1, help="Batches per optimiser step.")] = 1,
     weight_decay: Annotated[float, typer.Option(min=0, help="AdamW weight decay.")] = 0.01,
@@ -67,12 +72,14 @@ def finetune(
     scheduler: Annotated[str, typer.Option(help="linear, cosine or constant.")] = "linear",
     max_length: Annotated[int, typer.Option(min=8, help="Longest text in tokens.")] = 128,
     peft: Annotated[str, typer.Option(help="none, lora or ia3.")] = "none",
-    lora_rank: Annotated[int, typer.Option(min=1, help="Rank of LoRA's factors.")] = 8,
-    lora_alpha: Annotated[float, typer.Option(min=0, help="LoRA's alpha.")] = 16.0,
-    lora_dropout: Annotated[float, typer.Option(min=0, max=1, help="LoRA's dropout.")] = 0.0,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of LoRA's factors.")] = 8,
+    alpha: Annotated[float, typer.Option(min=0, help="LoRA's alpha.")] = 16.0,
+    dropout: Annotated[float, typer.Option(min=0, max=1, help="LoRA's dropout.")] = 0.0,
     bf16: Annotated[bool, typer.Option("--bf16", help="Train in bfloat16 autocast.")] = False,
     patience: Annotated[int | None, typer.Option(min=1, help="Stop after so many evaluations without gain.")] = None,
-    eval_every: Annotated[int | None, typer.Option(min=1, help="Evaluate every so many steps instead of each epoch.")] = None,
+    eval_every: Annotated[
+        int | None, typer.Option(min=1, help="Evaluate every so many steps instead of each epoch.")
+    ] = None,
     limit_fit: Annotated[int | None, typer.Option(min=1, help="At most so many fit rows.")] = None,
     limit_tune: Annotated[int | None, typer.Option(min=1, help="At most so many tune rows.")] = None,
     force: Force = False,
@@ -84,7 +91,7 @@ def finetune(
     options = {
         "epochs": epochs, "max_steps": max_steps, "lr": lr, "batch_size": batch_size, "accumulation": accumulation,
         "weight_decay": weight_decay, "warmup": warmup, "scheduler": scheduler, "max_length": max_length, "peft": peft,
-        "lora_rank": lora_rank, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, "bf16": bf16,
+        "rank": rank, "alpha": alpha, "dropout": dropout, "bf16": bf16,
         "patience": patience, "eval_every": eval_every, "limit_fit": limit_fit, "limit_tune": limit_tune,
     }  # fmt: skip
     results = finetune_experts(lab, tasks, base, out, options, force=force)
@@ -100,11 +107,14 @@ def merge(
     base: Base = None,
     refine: Refine = None,
     dtype: Dtype = "auto",
-    export: Annotated[str | None, typer.Option("--export", help="Write one task's stand-alone classifier instead.")] = None,
+    export: Annotated[
+        str | None, typer.Option("--export", help="Write one task's stand-alone classifier instead.")
+    ] = None,
     force: Force = False,
     **values: Any,
 ) -> None:
     """Merge experts by a method."""
+    from mergectl.merge import named
     from mergectl.settings import settings_of
 
     settings = given_settings(values, settings_of(method))
@@ -115,8 +125,7 @@ def _merge(
     lab: Lab, method: str, settings: Mapping[str, Any], experts: Any, base: str | None, refine: Any, dtype: str,
     export: str | None, out: Path, force: bool,
 ) -> None:  # fmt: skip
-    from mergectl.merge import DTYPES, MergeJob
-    from mergectl.merging import recipe_of
+    from mergectl.merge import DTYPES, MergeJob, recipe_of
     from mergectl.verbs import merge_models
 
     if dtype not in ("auto", *DTYPES):
@@ -129,6 +138,7 @@ def _merge(
 def merge_recipe(lab: Lab, path: Path, out: Path | None, force: bool) -> None:
     """Merge as a recipe file says."""
     from mergectl.config import MergeFile, read_file
+    from mergectl.merge import named
     from mergectl.options import with_seed
 
     recipe = read_file(path, MergeFile)
@@ -144,19 +154,33 @@ def evaluate(
     lab: Lab,
     model: Annotated[str, typer.Argument(help="The model to score.")],
     on: On = None,
-    heads: Annotated[list[str] | None, typer.Option("--heads", help="Experts that lend their heads; several may follow.")] = None,
+    heads: Annotated[
+        list[str] | None, typer.Option("--heads", help="Experts that lend their heads; several may follow.")
+    ] = None,
     split: Split = "report",
     limit: Limit = None,
     batch_size: Batch = 64,
     dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",
     references: Annotated[
-        bool, typer.Option("--references", help="Score the experts and the base too, where not done yet, to compare with.")
+        bool,
+        typer.Option("--references", help="Score the experts and the base too, where not done yet, to compare with."),
     ] = False,
 ) -> None:
     """Score a model per task; a merged model wears each task's own head."""
+    from mergectl.merge import named
     from mergectl.scoring import score
 
-    score(lab, model, on or [], named(heads or []), split=split, limit=limit, batch_size=batch_size, dtype=dtype, references=references)
+    score(
+        lab,
+        model,
+        on or [],
+        named(heads or []),
+        split=split,
+        limit=limit,
+        batch_size=batch_size,
+        dtype=dtype,
+        references=references,
+    )
 
 
 def search(
@@ -168,29 +192,36 @@ def search(
     on: On = None,
     sampler: Annotated[str, typer.Option(help="random, tpe, cmaes or grid.")] = "random",
     trials: Annotated[int, typer.Option(min=1, help="How many candidates to try in all.")] = 20,
-    range_: Annotated[list[str] | None, typer.Option("--range", help="NAME=LOW:HIGH[:STEP] or NAME=word,word. May be repeated.")] = None,
+    range_: Annotated[
+        list[str] | None, typer.Option("--range", help="NAME=LOW:HIGH[:STEP] or NAME=word,word. May be repeated.")
+    ] = None,
     fix: Annotated[list[str] | None, typer.Option("--fix", help="NAME=VALUE, not searched. May be repeated.")] = None,
     per_task: Annotated[list[str] | None, typer.Option("--per-task", help="Search this setting once per task.")] = None,
     split: Split = "tune",
     limit: Limit = None,
     batch_size: Batch = 64,
-    study: Annotated[str | None, typer.Option("--study", help="Name of the study; default: made from the question.")] = None,
+    study: Annotated[
+        str | None, typer.Option("--study", help="Name of the study; default: made from the question.")
+    ] = None,
     refine: Refine = None,
     dtype: Dtype = "auto",
     force: Force = False,
 ) -> None:
     """Search a method's settings."""
-    from mergectl.merge import MergeJob
-    from mergectl.merging import recipe_of
+    from mergectl.merge import MergeJob, named, recipe_of
     from mergectl.scoring import search_and_show
     from mergectl.settings import parse, settings_of
     from mergectl.tuning import SearchJob
 
     settings = settings_of(method)
-    fixed = {name: parse(settings[name], text) if name in settings else text for name, text in _pairs("--fix", fix).items()}
+    fixed = {
+        name: parse(settings[name], text) if name in settings else text for name, text in _pairs("--fix", fix).items()
+    }
     job = MergeJob(recipe_of(method, fixed, refine or [], lab.seed), named(experts), base, dtype)
     ranges = _pairs("--range", range_)
-    search_job = SearchJob(job, tuple(on or ()), sampler, trials, ranges, tuple(per_task or ()), limit, split, study, batch_size)
+    search_job = SearchJob(
+        job, tuple(on or ()), sampler, trials, ranges, tuple(per_task or ()), limit, split, study, batch_size
+    )
     search_and_show(lab, search_job, out, force=force)
 
 
@@ -207,7 +238,9 @@ def _pairs(option: str, items: list[str] | None) -> dict[str, str]:
 def report(
     lab: Lab,
     run: Annotated[str | None, typer.Argument(help="A run's id or name; default: the leaderboard.")] = None,
-    sql: Annotated[str | None, typer.Option("--sql", help="Answer one SELECT over the store's tables and views.")] = None,
+    sql: Annotated[
+        str | None, typer.Option("--sql", help="Answer one SELECT over the store's tables and views.")
+    ] = None,
     split: Split = "report",
     suite: Annotated[str | None, typer.Option("--suite", help="Only this suite's tasks.")] = None,
     as_csv: Annotated[bool, typer.Option("--csv", help="Comma-separated values on stdout.")] = False,
@@ -231,7 +264,9 @@ def report(
 def run(
     lab: Lab,
     pipeline: Annotated[str | None, typer.Argument(help="A shipped pipeline's name, or a pipeline file.")] = None,
-    settings: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE of the pipeline's settings. May be repeated.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="NAME=VALUE of the pipeline's settings. May be repeated.")
+    ] = None,
     show: Annotated[bool, typer.Option("--list", help="List the shipped pipelines.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the steps only.")] = False,
 ) -> None:

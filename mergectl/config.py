@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -95,7 +95,9 @@ def _number(node: yaml.Node, place: tuple[Any, ...], lines: dict[tuple[Any, ...]
             _number(value, (*place, index), lines)
 
 
-def _sentence(path: Path, problem: Mapping[str, Any], lines: Mapping[tuple[Any, ...], int], schema: type[BaseModel]) -> str:
+def _sentence(
+    path: Path, problem: Mapping[str, Any], lines: Mapping[tuple[Any, ...], int], schema: type[BaseModel]
+) -> str:
     place = tuple(problem["loc"])
     key = ".".join(str(part) for part in place)
     line = next((lines[place[:n]] for n in range(len(place), -1, -1) if place[:n] in lines), 1)
@@ -104,17 +106,3 @@ def _sentence(path: Path, problem: Mapping[str, Any], lines: Mapping[tuple[Any, 
     if problem["type"] == "extra_forbidden":
         return f"{path}, line {line}: unknown key '{key}'.{did_you_mean(str(place[-1]), schema.model_fields)}"
     return f"{path}, line {line}, key '{key}': {problem['msg']}, got {problem['input']!r}."
-
-
-def named(items: Sequence[str] | Mapping[str, str]) -> tuple[tuple[str | None, str], ...]:
-    """Experts as (task or None, model): from a list of `model` or `task=model`, or a mapping."""
-    if isinstance(items, Mapping):
-        return tuple(items.items())
-    return tuple(_split(item) for item in items)
-
-
-def _split(item: str) -> tuple[str | None, str]:
-    task, equals, ref = item.partition("=")
-    if not equals or Path(item).is_dir():
-        return None, item
-    return task, ref

@@ -112,9 +112,7 @@ def headed_prefix(checkpoint: Checkpoint) -> str:
     return _prefixes(checkpoint.names)[-1]
 
 
-def _same_shape(
-    base: Checkpoint, name: str, strip: str, expert: Checkpoint, own: str, task: str
-) -> None:
+def _same_shape(base: Checkpoint, name: str, strip: str, expert: Checkpoint, own: str, task: str) -> None:
     there = base.shape(strip + name if strip + name in base else name)
     if there != expert.shape(own):
         raise UserError(

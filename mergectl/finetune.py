@@ -114,7 +114,7 @@ def finetune(
     if task.head:
         raise UserError(f"{task.id} is answered with the head of another task, so there is nothing to train.")
     source = open_source(config.base)
-    job = _job(config, task, source)
+    job = _job(config, task, source, data)
     with quiet(), _work_folder(out) as work:
         args = arguments(config, work, device)
         if args.process_index == 0:
@@ -190,9 +190,17 @@ def _write(
             model.peft_config["default"].base_model_name_or_path = config.base
             model.save_pretrained(folder / "adapter")
             model = lowrank.fold(model)
+        _restore_cache(model.config, source)
         model.save_pretrained(folder)
         preparer.save(folder)
         artefacts.write_json(folder / "mergectl.json", _record(config, task, source, result, run))
+
+
+def _restore_cache(config: Any, source: Source) -> None:
+    """Trainer turns the cache of generation off for good; an expert's configuration should say what its base's says."""
+    vars(config).pop("use_cache", None)
+    if "use_cache" in source.config:
+        config.use_cache = source.config["use_cache"]
 
 
 def _record(config: FinetuneConfig, task: Task, source: Source, result: Mapping[str, Any], run: Any) -> dict[str, Any]:
@@ -208,10 +216,10 @@ def _record(config: FinetuneConfig, task: Task, source: Source, result: Mapping[
     }  # fmt: skip
 
 
-def _job(config: FinetuneConfig, task: Task, source: Source) -> dict[str, Any]:
+def _job(config: FinetuneConfig, task: Task, source: Source, data: Path | None) -> dict[str, Any]:
     """What must be the same for a training to be gone on with."""
     digest = None if source.weights is None else source.weights.digest
-    found = {**asdict(config), "task": task.id, "version": task.version, "base_digest": digest}
+    found = {**asdict(config), "task": task.id, "version": task.version, "base_digest": digest, "data": str(data)}
     copied: dict[str, Any] = json.loads(json.dumps(found))
     return copied
 

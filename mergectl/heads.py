@@ -63,11 +63,11 @@ def add_heads(
         ref = given.get(task.id, given.get(task.name))
         info = stored.get(task.id, stored.get(task.name))
         if ref is not None:
-            _from_expert(live, task, open_source(ref), info, source)
+            _from_expert(live, task, open_source(ref), info)
         elif info is not None:
             _from_folder(live, task, info, source)
         elif _is_own(source, task):
-            _from_expert(live, task, source, None, source)
+            _from_expert(live, task, source, None)
         else:
             raise UserError(_no_head(source, task, stored))
     if source.folder is not None and (source.folder / UNIFIED).exists():
@@ -95,13 +95,11 @@ def _is_own(source: Source, task: Task) -> bool:
     return "Classification" in architecture and not source.weights.heads and source.meta.get("kind") is None
 
 
-def _from_expert(live: LiveModel, task: Task, expert: Source, info: Mapping[str, Any] | None, model: Source) -> None:
+def _from_expert(live: LiveModel, task: Task, expert: Source, info: Mapping[str, Any] | None) -> None:
     if expert.weights is None:
         raise UserError(f"{expert.ref} holds no weights, so it has no head for {task.id}.")
-    live.add_head(
-        task, expert.weights, ref=expert.ref, labels=_labels(expert.meta, expert.config),
-        **_kept(live, info, model),
-    )  # fmt: skip
+    live.add_head(task, expert.weights, ref=expert.ref, labels=_labels(expert.meta, expert.config))
+    _put_masks(live, task, info)
 
 
 def _from_folder(live: LiveModel, task: Task, info: Mapping[str, Any], model: Source) -> None:
@@ -110,14 +108,15 @@ def _from_folder(live: LiveModel, task: Task, info: Mapping[str, Any], model: So
     if not path.exists():
         raise UserError(f"{model.ref}: the head of {task.id} is gone; {path} does not exist.")
     config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
-    live.add_head(task, open_safetensors(path), ref=str(path), labels=_labels(info, config), **_kept(live, info, model))
+    live.add_head(task, open_safetensors(path), ref=str(path), labels=_labels(info, config))
+    _put_masks(live, task, info)
 
 
-def _kept(live: LiveModel, info: Mapping[str, Any] | None, model: Source) -> dict[str, Any]:
-    """The masks and the rescaler stored for a task, where the merge kept some."""
-    if info is None or not (path := Path(info["folder"]) / "masks.safetensors").exists():
-        return {}
-    return {"masks": PackedMasks(open_safetensors(path), live), "rescaler": float(info.get("rescaler", 1.0))}
+def _put_masks(live: LiveModel, task: Task, info: Mapping[str, Any] | None) -> None:
+    """Put on the masks and the rescaler stored for a task, where the merge kept some."""
+    if info is not None and (path := Path(info["folder"]) / "masks.safetensors").exists():
+        masks = PackedMasks(open_safetensors(path), live)
+        live.set_masks(task.id, masks, float(info.get("rescaler", 1.0)))
 
 
 def _labels(meta: Mapping[str, Any], config: Mapping[str, Any]) -> list[str] | None:

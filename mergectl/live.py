@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from mergectl.errors import UserError
-from mergectl.models import check_complete, empty_model, put
+from mergectl.models import check_complete, empty_model, head_labels, put
 from mergectl.naming import find_slot, is_backbone, live_names, live_tensors, match
 
 if TYPE_CHECKING:
@@ -96,10 +96,8 @@ class LiveModel:
         *,
         ref: str = "the expert",
         labels: Sequence[str] | None = None,
-        masks: Mapping[str, torch.Tensor] | None = None,
-        rescaler: float = 1.0,
     ) -> None:
-        """Register a task's head by the names of the full model, and its masks if the method keeps them."""
+        """Register a task's head by the names of the full model; `labels` are its label names, in its order."""
         import torch
 
         expected = self._head_shapes(task)
@@ -110,15 +108,20 @@ class LiveModel:
             tensor = weights[name].detach().to(self.device, torch.float32).clone()
             if tensor.shape != expected[slot].shape:
                 raise UserError(
-                    f"'{name}' has shape {list(tensor.shape)} in {ref}, but {task.id} with its {len(task.labels) or 1} "
-                    f"labels needs {list(expected[slot].shape)}."
+                    f"'{name}' has shape {list(tensor.shape)} in {ref}, but {task.id} with its "
+                    f"{len(head_labels(task))} labels needs {list(expected[slot].shape)}."
                 )
             parameters[slot] = torch.nn.Parameter(tensor, requires_grad=False)
-        slots = None if masks is None else match(masks, self.backbone, self.prefix)[0]
-        kept = None if slots is None or masks is None else _Renamed(masks, slots)
-        self._heads[task.id] = Head(task, parameters, label_order(labels, task), kept, rescaler)
-        if self._masked_for == task.id:
-            self._masked_for = None
+        self._heads[task.id] = Head(task, parameters, label_order(labels, task))
+        self._masked_for = None
+
+    def set_masks(self, task: str, masks: Mapping[str, torch.Tensor], rescaler: float = 1.0) -> None:
+        """Say which part of the unified task vector a task keeps; True is kept."""
+        found, unknown = match(masks, self.backbone, self.prefix)
+        if unknown:
+            raise UserError(f"The {self.prefix} model has no weight '{unknown[0]}' for a mask of {task}.")
+        self._heads[task] = replace(self._heads[task], masks=_Renamed(masks, found), rescaler=rescaler)
+        self._masked_for = None
 
     def use(self, task: str) -> Any:
         """Put on a task's head (and its masked weights) and return the model."""
@@ -128,8 +131,7 @@ class LiveModel:
         for slot, parameter in head.weights.items():
             module, attribute = self._places[slot]
             setattr(module, attribute, parameter)
-        labels = len(head.task.labels) or 1
-        self.model.num_labels = self.model.config.num_labels = labels
+        self.model.num_labels = self.model.config.num_labels = len(head_labels(head.task))
         if self._kept is not None and self._masked_for != task:
             self._apply_masks(head, self._kept)
             self._masked_for = task
@@ -150,7 +152,7 @@ class LiveModel:
         """The head's slots as a model with this task's labels would have them (no memory is used)."""
         config = self.model.config
         before = config.num_labels
-        config.num_labels = len(task.labels) or 1
+        config.num_labels = len(head_labels(task))
         try:
             slots = live_tensors(empty_model(config, task, "meta"))
         finally:
@@ -182,7 +184,7 @@ def _place(model: Any, path: str) -> tuple[Any, str]:
 
 def label_order(labels: Sequence[str] | None, task: Task) -> tuple[int, ...] | None:
     """For each label of the task its place in the head; None where the orders agree or the names say nothing."""
-    theirs, ours = [str(name).lower() for name in labels or ()], [name.lower() for name in task.labels]
+    theirs, ours = [str(name).lower() for name in labels or ()], [name.lower() for name in head_labels(task)]
     if theirs == ours or sorted(theirs) != sorted(ours) or len(set(ours)) != len(ours):
         return None
     return tuple(theirs.index(name) for name in ours)

@@ -80,4 +80,15 @@ def head_modules(model: Any) -> list[str]:
 
 def fold(model: Any) -> Any:
     """Merge the adapters into the weights and return the plain model."""
-    return model.merge_and_unload()
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import ModulesToSaveWrapper
+
+    plain = model.get_base_model()
+    for path, module in list(plain.named_modules()):
+        owner, _, name = path.rpartition(".")
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+            setattr(plain.get_submodule(owner), name, module.get_base_layer())
+        elif isinstance(module, ModulesToSaveWrapper):
+            setattr(plain.get_submodule(owner), name, module.modules_to_save[model.active_adapter])
+    return plain

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +16,34 @@ from mergectl.families import Population, headed_prefix, line_up, short_names
 if TYPE_CHECKING:
     import torch
 
-    from mergectl.merging import Recipe, Stream
+    from mergectl.merging import Stream
+    from mergectl.plan import Recipe
 
 WIDTH = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 Progress = Callable[[int, int, str], None]
+
+
+def recipe_of(method: str, settings: Mapping[str, Any], refine: Sequence[Any], seed: int) -> Recipe:
+    """A recipe from words: refinements are `dare:drop=0.9`, or {name: settings} as recipe files write them."""
+    from mergectl.plan import Recipe, parse_refine
+
+    parts = [part if isinstance(part, str) else next(iter(part.items())) for part in refine]
+    return Recipe(method.replace("-", "_"), dict(settings), parse_refine(parts), seed)
+
+
+def described(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as the store and `mergectl.json` keep it."""
+    refine = [{"name": name, "settings": dict(settings)} for name, settings in recipe.refine]
+    return {"method": recipe.method, "settings": dict(recipe.settings), "refine": refine, "seed": recipe.seed}
+
+
+def checked(recipe: Recipe, tasks: Sequence[str]) -> Recipe:
+    """The recipe with every setting checked and filled in, so that the record says what was done."""
+    from mergectl.settings import check
+
+    refine = tuple((name, check(name, settings, tasks)) for name, settings in recipe.refine)
+    return replace(recipe, settings=check(recipe.method, recipe.settings, tasks), refine=refine)
 
 
 @dataclass(frozen=True)
@@ -46,8 +69,24 @@ class Family:
     inputs: tuple[dict[str, Any], ...] = field(default=())
 
 
+def named(items: Sequence[str] | Mapping[str, str]) -> tuple[tuple[str | None, str], ...]:
+    """Experts as (task or None, model): from a list of `model` or `task=model`, or a mapping."""
+    if isinstance(items, Mapping):
+        return tuple(items.items())
+    return tuple(_split(item) for item in items)
+
+
+def _split(item: str) -> tuple[str | None, str]:
+    task, equals, ref = item.partition("=")
+    if not equals or Path(item).is_dir():
+        return None, item
+    return task, ref
+
+
 def open_family(
-    base_ref: str | None, experts: Sequence[tuple[str | None, str]], find_run: Callable[[str], Path | None] | None = None
+    base_ref: str | None,
+    experts: Sequence[tuple[str | None, str]],
+    find_run: Callable[[str], Path | None] | None = None,
 ) -> Family:
     """Open a base and its experts and line them up; headers are read, weights are not."""
     if not experts:
@@ -60,10 +99,14 @@ def open_family(
     base = open_checkpoint(base_ref, find_run) if base_ref else opened[0][1]
     population = line_up(base, by_task)
     known = {short: expert.task or task for short, task, (_, expert) in zip(shorts, ids, opened, strict=True)}
-    return Family(base, by_task, known, population, base_ref is not None, _inputs(base if base_ref else None, by_task, known))
+    return Family(
+        base, by_task, known, population, base_ref is not None, _inputs(base if base_ref else None, by_task, known)
+    )
 
 
-def _inputs(base: Checkpoint | None, experts: Mapping[str, Checkpoint], ids: Mapping[str, str]) -> tuple[dict[str, Any], ...]:
+def _inputs(
+    base: Checkpoint | None, experts: Mapping[str, Checkpoint], ids: Mapping[str, str]
+) -> tuple[dict[str, Any], ...]:
     rows = [] if base is None else [{"role": "base", "task": None, "ref": str(base.ref), "digest": base.digest}]
     return (
         *rows,
@@ -71,7 +114,9 @@ def _inputs(base: Checkpoint | None, experts: Mapping[str, Checkpoint], ids: Map
     )
 
 
-def merge(job: MergeJob, family: Family, out: Path, *, facts: Mapping[str, Any], force: bool, progress: Progress) -> str:
+def merge(
+    job: MergeJob, family: Family, out: Path, *, facts: Mapping[str, Any], force: bool, progress: Progress
+) -> str:
     """Merge `family` as `job` says into the folder `out`; return the digest of the result."""
     from mergectl.merging import merge_stream
 
@@ -244,7 +289,7 @@ def _write_one_task(job: MergeJob, family: Family, stream: Stream, folder: Path,
 def _write_records(job: MergeJob, family: Family, folder: Path, facts: Mapping[str, Any]) -> None:
     record = {
         "kind": "merged" if job.export is None else "expert",
-        "recipe": job.recipe.as_dict(),
+        "recipe": described(job.recipe),
         "inputs": list(family.inputs),
         "tasks": family.task_ids,
         **({} if job.export is None else _task_record(family, job.export)),
@@ -261,7 +306,7 @@ def _task_record(family: Family, task: str) -> dict[str, Any]:
 
 def card(job: MergeJob, family: Family) -> str:
     """The model card: what was merged from what, and how to use it."""
-    recipe = job.recipe.as_dict()
+    recipe = described(job.recipe)
     lines = [
         "---", "library_name: transformers", "tags: [merge, mergectl]", "---", "",
         f"# Merged with `{recipe['method']}`", "",

@@ -57,6 +57,11 @@ def open_source(ref: str | Path | Checkpoint) -> Source:
     return Source(str(ref), folder, found.config, found, found.meta)
 
 
+def head_labels(task: Task) -> tuple[str, ...]:
+    """The labels of the head that answers a task; a number is one label called score."""
+    return task.head or task.labels or ("score",)
+
+
 def model_config(source: Source, task: Task) -> Any:
     """The transformers configuration of a source, with the labels of a task."""
     from huggingface_hub.errors import StrictDataclassError
@@ -71,7 +76,7 @@ def model_config(source: Source, task: Task) -> Any:
         config = CONFIG_MAPPING[kind].from_dict(facts)
     except (TypeError, ValueError, StrictDataclassError) as error:
         raise UserError(f"{source.ref}: its configuration is no valid {kind} configuration: {error}") from error
-    names = task.labels or ("score",)
+    names = head_labels(task)
     config.num_labels = len(names)
     config.id2label = dict(enumerate(names))
     config.label2id = {name: index for index, name in enumerate(names)}

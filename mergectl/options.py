@@ -24,15 +24,25 @@ GLOBAL_FLAGS = ("--json", "--quiet", "-q", "--debug")
 GLOBAL_VALUES = ("--store", "--data", "--tasks", "--seed", "--device")
 
 Store = Annotated[
-    Path, typer.Option("--store", envvar="MERGECTL_STORE", help="The DuckDB store; the lab is its folder.", rich_help_panel=ALWAYS)
+    Path,
+    typer.Option(
+        "--store", envvar="MERGECTL_STORE", help="The DuckDB store; the lab is its folder.", rich_help_panel=ALWAYS
+    ),
 ]
 Data = Annotated[
     Path | None,
-    typer.Option("--data", envvar="MERGECTL_DATA", help="Folder of <dataset>/<config>/<split>.parquet.", rich_help_panel=ALWAYS),
+    typer.Option(
+        "--data", envvar="MERGECTL_DATA", help="Folder of <dataset>/<config>/<split>.parquet.", rich_help_panel=ALWAYS
+    ),
 ]
 Tasks = Annotated[
     Path | None,
-    typer.Option("--tasks", envvar="MERGECTL_TASKS", help="A recipe that declares your own tasks (files/...).", rich_help_panel=ALWAYS),
+    typer.Option(
+        "--tasks",
+        envvar="MERGECTL_TASKS",
+        help="A recipe that declares your own tasks (files/...).",
+        rich_help_panel=ALWAYS,
+    ),
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of every random draw.", rich_help_panel=ALWAYS)]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.", rich_help_panel=ALWAYS)]
@@ -43,7 +53,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 COMMON: dict[str, tuple[Any, Any]] = {
     "store": (Store, Path("lab/mergectl.duckdb")),
     "data": (Data, None),
-    "tasks": (Tasks, None),
+    "own_tasks": (Tasks, None),
     "seed": (Seed, 0),
     "device": (Device, "auto"),
     "as_json": (Json, False),
@@ -79,7 +89,7 @@ def _lab(common: Mapping[str, Any]) -> Lab:
     return Lab(
         store_path=common["store"],
         data=common["data"],
-        own_tasks=common["tasks"],
+        own_tasks=common["own_tasks"],
         device=common["device"],
         seed=common["seed"],
         terminal=Terminal(quiet=common["quiet"], as_json=common["as_json"]),
@@ -106,19 +116,22 @@ def _option(setting: Setting) -> Any:
 
 def metavar(setting: Setting) -> str:
     """What stands after the option's name: NUMBER, WHOLE, YES/NO or the words."""
-    return {"float": "NUMBER", "int": "WHOLE", "bool": "true|false"}.get(setting.type) or "|".join(map(str, setting.words))
+    return {"float": "NUMBER", "int": "WHOLE", "bool": "true|false"}.get(setting.type) or "|".join(
+        map(str, setting.words)
+    )
 
 
 def _range(setting: Setting) -> str:
     """Range and default in brackets, as the help shows them."""
     parts = []
-    if setting.between is not None:
-        low, high = ("(" if setting.between.low_open else "["), (")" if setting.between.high_open else "]")
-        parts.append(f"{low}{setting.between.low:g}, {setting.between.high:g}{high}")
+    if (limits := setting.between) is not None:
+        low = f"above {limits.low:g}" if limits.low_open else f"{limits.low:g}"
+        parts.append(f"{low} to {'below ' if limits.high_open else ''}{limits.high:g}")
     if setting.per_task:
         parts.append("may differ per task")
-    parts.append(f"default {setting.default}".lower() if isinstance(setting.default, bool) else f"default {setting.default}")
-    return "\\[" + "; ".join(parts) + "]"
+    default = str(setting.default)
+    parts.append(f"default {default.lower() if isinstance(setting.default, bool) else default}")
+    return f"({'; '.join(parts)})"
 
 
 def given_settings(values: Mapping[str, Any], settings: Mapping[str, Setting]) -> dict[str, Any]:

@@ -10,12 +10,13 @@ from typing import Any
 
 import yaml
 
-from mergectl.config import PipelineFile, named, read_file
+from mergectl.config import PipelineFile, read_file
 from mergectl.errors import UserError, did_you_mean
 from mergectl.lab import Lab
+from mergectl.merge import named
 from mergectl.terminal import print_table
 
-SHIPPED = Path(__file__).parent / "pipelines"
+SHIPPED = Path(__file__).parent / "recipes"
 
 
 def shipped() -> dict[str, Path]:
@@ -116,7 +117,9 @@ def _finetune(lab: Lab, folder: Path, what: dict[str, Any]) -> bool:
     base = what["base"]
     if isinstance(base, dict):
         base = _config_file(folder, base)
-    results = finetune_experts(lab, what["tasks"], _inside(folder, base), folder / what.get("out", ""), options, reuse=True)
+    results = finetune_experts(
+        lab, what["tasks"], _inside(folder, base), folder / what.get("out", ""), options, reuse=True
+    )
     return all(result["again"] for result in results)
 
 
@@ -138,8 +141,7 @@ def _inside(folder: Path, ref: str) -> str:
 
 
 def _job(lab: Lab, folder: Path, what: Mapping[str, Any]) -> Any:
-    from mergectl.merge import MergeJob
-    from mergectl.merging import recipe_of
+    from mergectl.merge import MergeJob, recipe_of
 
     recipe = recipe_of(what["method"], what.get("settings", {}), what.get("refine", []), lab.seed)
     experts = tuple((task, _inside(folder, ref)) for task, ref in named(what["experts"]))
@@ -159,7 +161,9 @@ def _eval(lab: Lab, folder: Path, what: dict[str, Any]) -> bool:
     heads = tuple((task, _inside(folder, ref)) for task, ref in named(what.get("heads", [])))
     models = what.get("models") or [what["model"]]
     results = [
-        evaluate_model(lab, _inside(folder, model), what.get("on", []), heads=heads, reuse=True, limit=what.get("limit"))
+        evaluate_model(
+            lab, _inside(folder, model), what.get("on", []), heads=heads, reuse=True, limit=what.get("limit")
+        )
         for model in models
     ]
     return all(result["again"] for result in results)

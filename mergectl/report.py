@@ -21,7 +21,12 @@ FORMATS = ("table", "json", "csv", "md")
 def as_text(table: Table, form: str) -> str:
     """A table as JSON, CSV or Markdown."""
     if form == "json":
-        return json.dumps([dict(zip(table.columns, row, strict=True)) for row in table.rows], indent=2, default=str, ensure_ascii=False)
+        return json.dumps(
+            [dict(zip(table.columns, row, strict=True)) for row in table.rows],
+            indent=2,
+            default=str,
+            ensure_ascii=False,
+        )
     if form == "csv":
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator="\n")
@@ -77,17 +82,24 @@ def one_run(lab: Lab, prefix: str, form: str) -> None:
     """Print everything that the store knows of one run."""
     run = lab.store.find(prefix)
     if run is None:
-        raise UserError(f"No run '{prefix}' in {lab.store_path}. See all: mergectl report --sql 'select run_id, kind, name from runs'")
+        raise UserError(
+            f"No run '{prefix}' in {lab.store_path}. See all: mergectl report --sql 'select run_id, kind, name from runs'"
+        )
     if form == "json":
         print(json.dumps(run, indent=2, default=str, ensure_ascii=False))
         return
-    facts = [(key, run[key]) for key in ("run_id", "kind", "name", "status", "seed", "started_at", "seconds", "error") if run.get(key) is not None]
+    facts = [
+        (key, run[key])
+        for key in ("run_id", "kind", "name", "status", "seed", "started_at", "seconds", "error")
+        if run.get(key) is not None
+    ]
     facts += [(f"config.{key}", json.dumps(value, default=str)) for key, value in run["config"].items()]
     facts += [(row["role"], f"{row['ref']}" + (f" ({row['task']})" if row["task"] else "")) for row in run["inputs"]]
     facts += [(row["kind"], row["path"]) for row in run["artifacts"]]
     print_table("", ("what", "value"), facts, left=2)
     metrics = lab.store.query(
-        "SELECT task, split, name, step, value FROM metrics WHERE run_id = ? ORDER BY step NULLS FIRST, task, split, name", [run["run_id"]]
+        "SELECT task, split, name, step, value FROM metrics WHERE run_id = ? ORDER BY step NULLS FIRST, task, split, name",
+        [run["run_id"]],
     )
     show(metrics, form, left=3)
 

@@ -62,7 +62,9 @@ def grid(study: optuna.Study, dimensions: Sequence[Dimension], seed: int, trials
     each = max(2, int(trials ** (1 / len(dimensions)) + 1e-9))
     combinations = list(itertools.product(*(d.points(each) for d in dimensions)))
     if len(combinations) > trials:
-        raise UserError(f"The grid has {len(combinations)} points: give --trials {len(combinations)}, or coarser steps.")
+        raise UserError(
+            f"The grid has {len(combinations)} points: give --trials {len(combinations)}, or coarser steps."
+        )
     for values in combinations:
         yield {d.name: value for d, value in zip(dimensions, values, strict=True)}
 

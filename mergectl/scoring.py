@@ -51,7 +51,14 @@ def show_run(lab: Lab, run_id: str) -> None:
 
 def _print(rows: Sequence[dict[str, Any]], mean: float, run_id: str) -> None:
     shown = [
-        (r["task"], _percent(r["score"]), _percent(r["relative_to_expert"]), _percent(r["normalised"]), int(r["examples"]), r["seconds"])
+        (
+            r["task"],
+            _percent(r["score"]),
+            _percent(r["relative_to_expert"]),
+            _percent(r["normalised"]),
+            int(r["examples"]),
+            r["seconds"],
+        )
         for r in rows
     ]
     shown.append(("mean", _percent(mean), _mean(rows, "relative_to_expert"), _mean(rows, "normalised"), None, None))
@@ -83,7 +90,9 @@ def search_and_show(lab: Lab, job: SearchJob, out: Path, *, force: bool) -> None
     def show() -> None:
         settings = ", ".join(f"{name}={value}" for name, value in best.settings.items())
         rows = [(task, _percent(score)) for task, score in found.scores.items()]
-        print_table(f"Best of study {result['study']}: {settings}", ("task", "report"), [*rows, ("mean", _percent(found.mean))])
+        print_table(
+            f"Best of study {result['study']}: {settings}", ("task", "report"), [*rows, ("mean", _percent(found.mean))]
+        )
         print(f"{result['out']}  (run {result['run']}, trial {best.number}, {100 * best.score:.1f} on '{job.split}')")
 
     lab.terminal.give(document, show)

@@ -159,7 +159,8 @@ def _describe_preset(name: str, info: MethodInfo) -> MethodInfo:
     settings = {key: setting for part in parts for key, setting in part.settings.items()}
     wrong = [key for key in defaults if key not in settings]
     if wrong or len(settings) < sum(len(part.settings) for part in parts):
-        raise UserError(f"{plugins.where('methods', info.name)}: preset '{name}' names a setting that is unknown or twofold.")
+        place = plugins.where("methods", info.name)
+        raise UserError(f"{place}: preset '{name}' names a setting that is unknown or that two of its parts have.")
     chosen = {key: replace(settings[key], default=value) for key, value in defaults.items()}
     words = ", ".join(f"{key}={value}" for key, value in defaults.items())
     return replace(
@@ -180,7 +181,8 @@ def _describe_preset(name: str, info: MethodInfo) -> MethodInfo:
 def _function(module: ModuleType, name: str) -> Callable[..., Any]:
     found = [getattr(module, word) for word in ("merge", "refine") if callable(getattr(module, word, None))]
     if len(found) != 1:
-        raise UserError(f"{plugins.where('methods', name)}: it must hold one function, `merge` or `refine`, got {len(found)}.")
+        place = plugins.where("methods", name)
+        raise UserError(f"{place}: it must hold one function, `merge` or `refine`, got {len(found)}.")
     function: Callable[..., Any] = found[0]
     return function
 

@@ -91,5 +91,9 @@ def cell(value: Any) -> str:
     if value is None:
         return "–"
     if isinstance(value, float):
-        return f"{value:.4g}" if abs(value) >= 1000 or (value and abs(value) < 0.001) else f"{value:.3f}".rstrip("0").rstrip(".")
+        return (
+            f"{value:.4g}"
+            if abs(value) >= 1000 or (value and abs(value) < 0.001)
+            else f"{value:.3f}".rstrip("0").rstrip(".")
+        )
     return str(value)

@@ -13,7 +13,7 @@ from mergectl.lab import Lab
 from mergectl.merge import Family, MergeJob, open_family
 from mergectl.search import Plan, Trial, Verdict, check_sampler, open_study, search
 from mergectl.space import Dimension, space
-from mergectl.verbs import Result, evaluate_model, evaluate_references, merge_models, record_inputs
+from mergectl.verbs import Result, evaluate_model, merge_models, record_inputs
 
 if TYPE_CHECKING:
     from mergectl.benchmarks._contract import Task
@@ -52,7 +52,11 @@ def search_settings(lab: Lab, job: SearchJob, out: Path, *, force: bool = False,
     plan = Plan(tuple(dimensions), fixed, job.sampler, job.trials, lab.seed)
     config = _config(lab, job, family, plan, tasks)
     if reuse and (run := lab.done("search", config)):
-        return {"run": run["run_id"], "out": next(a["path"] for a in run["artifacts"] if a["kind"] == "model"), "again": True}
+        return {
+            "run": run["run_id"],
+            "out": next(a["path"] for a in run["artifacts"] if a["kind"] == "model"),
+            "again": True,
+        }
     artefacts.check_free(out, force or reuse)
     study_name = job.study or _study_name(config)
     with lab.start("search", config, study=study_name, name=out.name) as run:
@@ -65,7 +69,14 @@ def search_settings(lab: Lab, job: SearchJob, out: Path, *, force: bool = False,
         run.metric("best_score", best.score, split=job.split)
         run.metric("report_score", scored["evaluation"].mean, split="report")
         run.note("best_trial", best.number)
-    return {"run": run.id, "out": str(out), "study": study_name, "best": best, "report": scored["evaluation"], "again": False}
+    return {
+        "run": run.id,
+        "out": str(out),
+        "study": study_name,
+        "best": best,
+        "report": scored["evaluation"],
+        "again": False,
+    }
 
 
 def _config(lab: Lab, job: SearchJob, family: Family, plan: Plan, tasks: Sequence[Task]) -> dict[str, Any]:
@@ -142,7 +153,9 @@ class Judge:
         ]  # fmt: skip
         self.task_of = {family.task_ids[task]: task for task in family.experts}
         # Everything is read once; a trial then works in memory alone.
-        self.base = {name: self.population.base[name].float() for name in self.population.base} if family.has_base else None
+        self.base = (
+            {name: self.population.base[name].float() for name in self.population.base} if family.has_base else None
+        )
         self.experts = {
             task: {name: weights[name].float() for name in weights} for task, weights in self.population.experts.items()
         }

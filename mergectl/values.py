@@ -43,7 +43,7 @@ def parse(setting: Setting, text: str) -> Any:
 
 
 def resolve(setting: Setting, value: Any, tasks: Sequence[str] | None) -> Any:
-    """Check a value of any allowed form: one value, a tuple in task order, or {pattern of weight names: such a value}."""
+    """Check a value of any form: one value, one per task, or {pattern of weight names: such a value}."""
     if isinstance(value, Mapping):
         if not value:
             raise UserError(f"{setting.name} is an empty list of values. Leave it out to get the default.")
@@ -86,7 +86,8 @@ def _by_task(setting: Setting, value: Mapping[Any, Any], tasks: Sequence[str] | 
         return {str(task): one(setting, part) for task, part in value.items()}
     for task in value:
         if task not in tasks:
-            raise UserError(f"{setting.name} is given for a task '{task}' that is not merged.{did_you_mean(str(task), tasks)}")
+            hint = did_you_mean(str(task), tasks)
+            raise UserError(f"{setting.name} is given for a task '{task}' that is not merged.{hint}")
     return tuple(one(setting, value.get(task, setting.default)) for task in tasks)
 
 

@@ -11,7 +11,7 @@ from mergectl import __version__
 from mergectl.checkpoints import Checkpoint, open_checkpoint
 from mergectl.errors import UserError
 from mergectl.lab import Lab, versions
-from mergectl.merge import Family, MergeJob, open_family
+from mergectl.merge import Family, MergeJob, checked, described, open_family
 
 if TYPE_CHECKING:
     from mergectl.benchmarks._contract import Task
@@ -27,7 +27,7 @@ def merge_models(lab: Lab, job: MergeJob, out: Path, *, force: bool = False, reu
     from mergectl.merge import merge
 
     family = open_family(job.base, job.experts, lab.find_run)
-    recipe = checked_recipe(job, list(family.experts))
+    recipe = checked(job.recipe, list(family.experts))
     config = merge_config(job, family, recipe)
     if reuse and (run := lab.done("merge", config, recipe.seed)):
         return {"run": run["run_id"], "out": _model_path(run), "again": True}
@@ -42,18 +42,10 @@ def merge_models(lab: Lab, job: MergeJob, out: Path, *, force: bool = False, reu
     return {"run": run.id, "out": str(out), "digest": digest, "again": False}
 
 
-def checked_recipe(job: MergeJob, tasks: Sequence[str]) -> Any:
-    """The recipe with every setting checked and filled in, so that the record says what was done."""
-    from mergectl.settings import check
-
-    recipe = job.recipe
-    return replace(recipe, settings=check(recipe.method, recipe.settings, tasks))
-
-
 def merge_config(job: MergeJob, family: Family, recipe: Any) -> dict[str, Any]:
     """What decides a merge: recipe and content of the inputs, not where they lie."""
     inputs = [{k: v for k, v in row.items() if k != "ref"} for row in family.inputs]
-    return {**recipe.as_dict(), "dtype": job.dtype, "export": job.export, "inputs": inputs, "version": __version__}
+    return {**described(recipe), "dtype": job.dtype, "export": job.export, "inputs": inputs, "version": __version__}
 
 
 def record_inputs(run: Run, family: Family) -> None:
@@ -120,7 +112,13 @@ def _borrowed(lab: Lab, heads: Sequence[tuple[str | None, str]]) -> dict[str, Ch
 
 
 def _eval_config(
-    lab: Lab, model: Checkpoint, tasks: Sequence[Task], heads: Mapping[str, Checkpoint], split: str, limit: int | None, dtype: str
+    lab: Lab,
+    model: Checkpoint,
+    tasks: Sequence[Task],
+    heads: Mapping[str, Checkpoint],
+    split: str,
+    limit: int | None,
+    dtype: str,
 ) -> dict[str, Any]:
     return {
         "model": model.digest,
@@ -157,23 +155,36 @@ def evaluate_references(lab: Lab, family: Family, words: Sequence[str], **how: A
 
 
 def finetune_experts(
-    lab: Lab, words: Sequence[str], base: str, out: Path, options: Mapping[str, Any], *, force: bool = False, reuse: bool = False
+    lab: Lab,
+    words: Sequence[str],
+    base: str,
+    out: Path,
+    options: Mapping[str, Any],
+    *,
+    force: bool = False,
+    reuse: bool = False,
 ) -> list[Result]:
     """Fine-tune one expert per task into `out/<task>`."""
     from mergectl.families import short_names
 
     tasks = lab.tasks(words)
     folders = [out / short for short in short_names([task.id for task in tasks])]
-    return [_finetune(lab, task, base, folder, options, force, reuse) for task, folder in zip(tasks, folders, strict=True)]
+    return [
+        _finetune(lab, task, base, folder, options, force, reuse) for task, folder in zip(tasks, folders, strict=True)
+    ]
 
 
-def _finetune(lab: Lab, task: Task, base: str, out: Path, options: Mapping[str, Any], force: bool, reuse: bool) -> Result:
+def _finetune(
+    lab: Lab, task: Task, base: str, out: Path, options: Mapping[str, Any], force: bool, reuse: bool
+) -> Result:
     from mergectl import artefacts
     from mergectl.finetune import FinetuneConfig, finetune
     from mergectl.models import open_source
 
     source = open_source(lab.find_run(base) or base if "/" not in base and not Path(base).exists() else base)
-    settings = FinetuneConfig(task=task.id, base=str(source.folder or source.ref), seed=lab.seed, device=lab.torch_device(), **options)
+    settings = FinetuneConfig(
+        task=task.id, base=str(source.folder or source.ref), seed=lab.seed, device=lab.torch_device(), **options
+    )
     start = source.weights.digest if source.weights is not None else source.config
     data = None if lab.data is None else str(lab.data.absolute())
     config = {**asdict(settings), "base": start, "task_version": task.version, "data": data, "version": __version__}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 # A share times a count may fall a few units in the last place below the whole number that was meant:
@@ -69,8 +70,14 @@ def largest(x: torch.Tensor) -> torch.Tensor:
 
 def keep_top(x: torch.Tensor, floors: Sequence[float], *, strictly: bool = False) -> torch.Tensor:
     """Keep each task's entries of at least its magnitude floor (or above it), zero the rest."""
-    floor = column(floors, x)
-    return torch.where(x.abs() > floor if strictly else x.abs() >= floor, x, 0)
+    result = torch.empty_like(x)
+    for row, kept, floor in zip(x, result, floors, strict=True):
+        below = floor if strictly else float(np.nextafter(np.float32(floor), np.float32(-1)))
+        if below < 0:
+            kept.copy_(row)
+        else:
+            torch.hardshrink(row, below, out=kept)  # keeps what is strictly larger
+    return result
 
 
 def keep_outliers(x: torch.Tensor, centres: Sequence[float], distances: Sequence[float]) -> torch.Tensor:
@@ -103,25 +110,48 @@ def elect_by_share_mass(x: torch.Tensor, square_norms: Sequence[float]) -> torch
     return mass.sign().to(x.dtype)
 
 
-def agreeing(x: torch.Tensor, sign: torch.Tensor | None) -> torch.Tensor:
-    """Return where an entry is non-zero and has the elected sign, if one was elected."""
-    return x != 0 if sign is None else x.sign() * sign > 0
+def agreeing(row: torch.Tensor, sign: torch.Tensor | None) -> torch.Tensor:
+    """Return the magnitudes of one task's entries that have the elected sign, 0 elsewhere; all entries without one."""
+    return row if sign is None else (row * sign).clamp_(min=0)
 
 
 def agreeing_sum(x: torch.Tensor, sign: torch.Tensor | None) -> torch.Tensor:
     """Return the sum over tasks of the entries that agree with the sign."""
-    return total(torch.where(agreeing(x, sign), x, 0)).to(x.dtype)
+    sums, _ = _agreeing_sums(x, sign)
+    return sums.to(x.dtype)
 
 
 def agreeing_mean(x: torch.Tensor, sign: torch.Tensor | None) -> torch.Tensor:
     """Return the mean over tasks of the entries that agree with the sign, 0 where there are none."""
-    votes = agreeing(x, sign)
-    return (total(torch.where(votes, x, 0)) / votes.sum(dim=0).clamp_(min=1)).to(x.dtype)
+    sums, votes = _agreeing_sums(x, sign)
+    return sums.div_(votes.clamp_(min=1)).to(x.dtype)
 
 
-def agreeing_largest(x: torch.Tensor, sign: torch.Tensor | None) -> torch.Tensor:
+def _agreeing_sums(x: torch.Tensor, sign: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the sum over tasks of the entries that agree, in float64, and how many there are."""
+    sums = torch.zeros(x.shape[1:], dtype=torch.float64, device=x.device)
+    votes = torch.zeros(x.shape[1:], dtype=x.dtype, device=x.device)
+    for row in x:
+        part = agreeing(row, sign)
+        sums += part
+        votes += part != 0
+    return sums if sign is None else sums.mul_(sign), votes
+
+
+def agreeing_largest(x: torch.Tensor, sign: torch.Tensor) -> torch.Tensor:
     """Return the largest entry over tasks among those that agree with the sign, 0 where there are none."""
-    return largest(torch.where(agreeing(x, sign), x, 0))
+    best = torch.zeros_like(x[0])
+    for row in x:
+        best = torch.maximum(best, agreeing(row, sign))
+    return best * sign
+
+
+def any_left(x: torch.Tensor) -> torch.Tensor:
+    """Return where at least one task has a non-zero entry."""
+    result = torch.zeros(x.shape[1:], dtype=torch.bool, device=x.device)
+    for row in x:
+        result |= row != 0
+    return result
 
 
 def majority(signs: torch.Tensor) -> int:

@@ -12,7 +12,7 @@ import torch
 Array: TypeAlias = "np.ndarray[Any, Any]"
 Weigh: TypeAlias = "Callable[[Array], Array]"
 
-_BLOCK = 1 << 20  # elements counted at once, so that the counts' temporaries stay small
+_BLOCK = 1 << 18  # elements counted at once: their temporaries stay small, and near the processor
 
 
 class TaskVectors(Mapping[str, "torch.Tensor"]):
@@ -101,23 +101,29 @@ class TaskVectors(Mapping[str, "torch.Tensor"]):
 
     def _magnitudes(self, targets: list[float], weigh: Weigh | None) -> list[float]:
         """Return per task the magnitude at which elements that large weigh the target together (or number it)."""
-        upper = self._histogram(lambda task, bits: bits >> 16, weigh)
+        upper = self._histogram(weigh)
         found = [_reach(row, target) for row, target in zip(upper, targets, strict=True)]
-        within = [bucket for bucket, _ in found]
-        lower = self._histogram(lambda task, bits: np.where(bits >> 16 == within[task], bits & 0xFFFF, 1 << 16), weigh)
-        bits = [(bucket << 16) + _reach(row[:-1], rest)[0] for (bucket, rest), row in zip(found, lower, strict=True)]
+        lower = self._histogram(weigh, [bucket for bucket, _ in found])
+        bits = [(bucket << 16) + _reach(row, rest)[0] for (bucket, rest), row in zip(found, lower, strict=True)]
         values = [float(np.uint32(pattern).view(np.float32)) for pattern in bits]
         return [value if target > 0 else math.inf for value, target in zip(values, targets, strict=True)]
 
-    def _histogram(self, slot: Callable[[int, Array], Array], weigh: Weigh | None) -> Array:
-        """Return per task and slot of a bit pattern how many elements fall there, or what they weigh."""
-        result = np.zeros((len(self.tasks), (1 << 16) + 1))
+    def _histogram(self, weigh: Weigh | None, within: Sequence[int] | None = None) -> Array:
+        """Return per task and upper half pattern how many elements there are, or what they weigh.
+
+        With the upper half patterns to look `within`, one per task, count by the lower half instead.
+        """
+        result = np.zeros((len(self.tasks), 1 << 16))
         for rows in self._rows():
             for task, row in enumerate(rows):
-                for block in _blocks(np.abs(row)):
-                    weights = None if weigh is None else weigh(block.astype(np.float64))
-                    slots = slot(task, block.view(np.uint32)).astype(np.int64)
-                    result[task] += np.bincount(slots, weights, minlength=(1 << 16) + 1)
+                for block in _blocks(row):
+                    bits = np.abs(block).view(np.uint32)
+                    slots = bits >> 16
+                    if within is not None:
+                        bits = bits[slots == within[task]]
+                        slots = bits & 0xFFFF
+                    weights = None if weigh is None else weigh(bits.view(np.float32).astype(np.float64))
+                    result[task] += np.bincount(slots.astype(np.int64), weights, minlength=1 << 16)
         return result
 
     def _rows(self) -> Iterator[Array]:

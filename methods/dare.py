@@ -8,7 +8,7 @@
 [0.0, -8.0, 0.0, -6.0]
 >>> masks = {"a": {"w": torch.tensor([1, 0, 0, 1])}}
 >>> merge_weights("dare_average", base, {"a": expert}, supplies={"masks": masks}, drop=0.75)["w"].tolist()
-[4.0, -0.0, 0.0, -12.0]
+[4.0, 0.0, 0.0, -12.0]
 """
 
 from __future__ import annotations

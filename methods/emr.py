@@ -67,9 +67,8 @@ def merge(
 def elect(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the unified vector and the masks of the entries that agree with it; a mean of zero elects minus."""
     sign = torch.where(_kernels.total(x) > 0, 1.0, -1.0).to(x.dtype)
-    masks = _kernels.agreeing(x, sign)
-    unified = sign * torch.where(masks, x.abs(), 0).amax(dim=0)
-    return unified + 0.0, masks  # + 0.0 turns -0.0 into 0.0
+    masks = torch.stack([_kernels.agreeing(row, sign) > 0 for row in x])
+    return _kernels.agreeing_largest(x, sign) + 0.0, masks  # + 0.0 turns -0.0 into 0.0
 
 
 def size(x: torch.Tensor) -> float:

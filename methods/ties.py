@@ -95,7 +95,7 @@ ELECT: dict[str, Callable[[TaskVectors], Vote]] = {
     "normfrac": lambda trimmed: functools.partial(_kernels.elect_by_share, square_norms=trimmed.square_norms()),
     "normmass": lambda trimmed: functools.partial(_kernels.elect_by_share_mass, square_norms=trimmed.square_norms()),
 }
-AGREEING = {
+AGREEING: dict[str, Callable[[torch.Tensor, Any], torch.Tensor]] = {
     "disjoint_mean": _kernels.agreeing_mean,
     "disjoint_sum": _kernels.agreeing_sum,
     "disjoint_max": _kernels.agreeing_largest,
@@ -155,7 +155,7 @@ def elected(
     def sign_of(name: str, x: torch.Tensor) -> torch.Tensor:
         sign = raw(name, x)
         # Where nothing is left the sign does not matter, so the pass over the model is made only for a real draw.
-        if zero_sign == "majority" and bool(((sign == 0) & (x != 0).any(dim=0)).any()):
+        if zero_sign == "majority" and bool(((sign == 0) & _kernels.any_left(x)).any()):
             sign = torch.where(sign == 0, float(majority()), sign)
         return sign
 

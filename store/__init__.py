@@ -8,9 +8,9 @@
 """
 
 from mergectl.store.documents import digest_of
-from mergectl.store.errors import StoreBusy, StoreError, StoreWarning
+from mergectl.store.errors import StoreBusyError, StoreError, StoreWarning
 from mergectl.store.query import Table
 from mergectl.store.run import Run
 from mergectl.store.store import Store, open_store
 
-__all__ = ["Run", "Store", "StoreBusy", "StoreError", "StoreWarning", "Table", "digest_of", "open_store"]
+__all__ = ["Run", "Store", "StoreBusyError", "StoreError", "StoreWarning", "Table", "digest_of", "open_store"]

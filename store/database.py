@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mergectl.store.errors import StoreBusy, StoreError
+from mergectl.store.errors import StoreBusyError, StoreError
 
 if TYPE_CHECKING:
     import duckdb
@@ -34,15 +34,21 @@ def memory() -> Iterator[duckdb.DuckDBPyConnection]:
 @contextlib.contextmanager
 def attached(path: Path, *, write: bool) -> Iterator[duckdb.DuckDBPyConnection]:
     """Yield a connection whose default schema is the store's. The caller holds the lock."""
+    with memory() as connection:
+        attach(connection, path, write=write)
+        yield connection
+
+
+def attach(connection: duckdb.DuckDBPyConnection, path: Path, *, write: bool) -> None:
+    """Attach the file, in place of what was attached before, and make it the default."""
     import duckdb
 
-    with memory() as connection:
-        try:
-            connection.execute(f"ATTACH {quoted(path)} AS {ALIAS} (TYPE duckdb{'' if write else ', READ_ONLY'})")
-            connection.execute(f"USE {ALIAS}")
-        except duckdb.Error as error:
-            raise unreadable(path, error) from error
-        yield connection
+    connection.execute(f"USE memory; DETACH DATABASE IF EXISTS {ALIAS}")
+    try:
+        connection.execute(f"ATTACH {quoted(path)} AS {ALIAS} (TYPE duckdb{'' if write else ', READ_ONLY'})")
+        connection.execute(f"USE {ALIAS}")
+    except duckdb.Error as error:
+        raise unreadable(path, error) from error
 
 
 def quoted(path: Path) -> str:
@@ -56,7 +62,7 @@ def unreadable(path: Path, error: Exception) -> StoreError:
     if "Could not set lock" in said:
         holder = re.search(r"held in (.+?\(PID \d+\))", said)
         who = f" ({holder.group(1)})" if holder else ""
-        return StoreBusy(f"The store {path} is open in another program{who}. Close it there and try again.")
+        return StoreBusyError(f"The store {path} is open in another program{who}. Close it there and try again.")
     if "ermission denied" in said or "Read-only file system" in said:
         return StoreError(f"The store {path} may not be opened here: permission denied.")
     return StoreError(

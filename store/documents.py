@@ -34,8 +34,12 @@ _JSON = {"config", "command"}
 _STATUSES = {"started", "finished", "failed", "cancelled"}
 
 
-class BrokenDocument(ValueError):
+class DocumentError(ValueError):
     """A segment that is not a run as this program writes it."""
+
+
+class NewerDocumentError(DocumentError):
+    """A segment of a newer program: not for this one to judge."""
 
 
 def plain(value: Any) -> Any:
@@ -82,12 +86,12 @@ def whole(name: str, value: Any) -> int | None:
 
 def utc_now() -> str:
     """Return the present moment as ISO text in UTC, without a zone."""
-    return datetime.datetime.now(datetime.timezone.utc).replace(tzinfo=None).isoformat(timespec="microseconds")
+    return datetime.datetime.now(datetime.UTC).replace(tzinfo=None).isoformat(timespec="microseconds")
 
 
-def moment(text: str) -> datetime.datetime:
-    """Return the moment `utc_now` wrote."""
-    return datetime.datetime.fromisoformat(text)
+def began(document: Document) -> datetime.datetime | None:
+    """Return when the run began, as the database tells it."""
+    return None if document.get("started_at") is None else datetime.datetime.fromisoformat(document["started_at"])
 
 
 def is_final(document: Document) -> bool:
@@ -96,17 +100,19 @@ def is_final(document: Document) -> bool:
 
 
 def checked(document: Any) -> Document:
-    """Return the document when every row can be made of it; raise BrokenDocument otherwise."""
+    """Return the document when every row can be made of it; raise DocumentError otherwise."""
     if not isinstance(document, dict) or not isinstance(document.get("run_id"), str) or not document["run_id"]:
-        raise BrokenDocument("it has no run_id")
+        raise DocumentError("it has no run_id")
     if document.get("format") != FORMAT:
-        raise BrokenDocument(f"its format is {document.get('format')!r}, this mergectl knows {FORMAT}")
+        newer = isinstance(document.get("format"), int) and document["format"] > FORMAT
+        kind = NewerDocumentError if newer else DocumentError
+        raise kind(f"its format is {document.get('format')!r}, this mergectl knows {FORMAT}")
     if not isinstance(document.get("kind"), str) or document.get("status") not in _STATUSES:
-        raise BrokenDocument("its kind or status is missing")
+        raise DocumentError("its kind or status is missing")
     try:
         rows_of(document)
     except (StoreError, TypeError, ValueError, AttributeError) as error:
-        raise BrokenDocument(str(error)) from error
+        raise DocumentError(str(error)) from error
     return document
 
 
@@ -138,5 +144,5 @@ def _cell(column: str, value: Any) -> Any:
     if column in _NUMBERS:
         return float(value) if math.isfinite(float(value)) else None
     if column in _TIMES:
-        return moment(value)
+        return datetime.datetime.fromisoformat(value)
     return str(value)

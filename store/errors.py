@@ -7,7 +7,7 @@ class StoreError(Exception):
     """The store cannot do what was asked: one or two sentences for the user."""
 
 
-class StoreBusy(StoreError):
+class StoreBusyError(StoreError):
     """Another process holds the store right now; trying again later helps."""
 
 

@@ -7,15 +7,14 @@ missing database is made from the archive, so whatever was ever archived is ther
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergectl.store import migrate, segments
-from mergectl.store.database import attached, first_line
-from mergectl.store.documents import COLUMNS, Document, Row, is_final, moment, rows_of
+from mergectl.store.database import attach, attached, first_line
+from mergectl.store.documents import COLUMNS, Document, Row, began, is_final, rows_of
 from mergectl.store.errors import StoreError
 from mergectl.store.ids import run_id
 from mergectl.store.lock import PATIENCE, hold
@@ -49,10 +48,11 @@ def rebuild(places: Places, aside: str) -> int:
     places.make()
     with hold(places.lock, exclusive=True), _told(places.database):
         fresh = _build(places)
-        for path in (places.database, _log_of(places.database)):
+        old = places.database.with_name(f"{places.database.name}.{aside}")
+        for path, target in ((places.database, old), (_log_of(places.database), _log_of(old))):
             if path.exists():
-                path.rename(path.with_name(f"{path.name}.{aside}"))
-        os.replace(fresh, places.database)
+                path.rename(target)
+        fresh.replace(places.database)
         segments.sync_folder(places.database.parent)
         _take_in(places)
         with attached(places.database, write=False) as connection:
@@ -62,11 +62,13 @@ def rebuild(places: Places, aside: str) -> int:
 def _take_in(places: Places) -> int:
     """Take the inbox into the database, some hundred segments at a time."""
     changed = 0
+    segments.sweep(places.inbox)
     waiting = iter(segments.waiting(places.inbox))
     while paths := list(islice(waiting, BATCH)):
         found = [(path, document) for path in paths if (document := segments.read(path)) is not None]
-        with _opened(places.database) as connection:
-            changed += put_rows(connection, [document for _, document in found])
+        if found:
+            with _opened(places.database) as connection:
+                changed += put_rows(connection, [document for _, document in found])
         for path, document in found:
             _put_away(places, path, document)
     segments.pack(places)
@@ -90,13 +92,13 @@ def put_rows(connection: duckdb.DuckDBPyConnection, documents: Iterable[Document
     names = [name for document in batch for name in (document["run_id"], _other_id(document))]
     known = {row[0]: row[1:] for row in connection.execute(asked, [names]).fetchall()}
     for document in batch:
-        status, began = known.get(document["run_id"], (None, None))
-        if status not in (None, "started") and is_final(document) and began != moment(document["started_at"]):
+        status, since = known.get(document["run_id"], (None, None))
+        if is_final(document) and status not in (None, "started") and since != began(document):
             document["run_id"] = _other_id(document)  # another lab's run: both stay
-            status = known.get(document["run_id"], (None, None))[0]
+            status, since = known.get(document["run_id"], (None, None))
         if status is None or (status == "started" and is_final(document)):
-            if is_final(document) or document["run_id"] not in best:
-                best[document["run_id"]] = document
+            best[document["run_id"]] = document
+            known[document["run_id"]] = (document["status"], began(document))
     if best:
         _replace(connection, list(best.values()))
     return len(best)
@@ -127,7 +129,7 @@ def _create(places: Places) -> None:
     """Make the database file beside its place, from the archive if there is one, and rename it there."""
     fresh = _build(places)
     _log_of(places.database).unlink(missing_ok=True)
-    os.replace(fresh, places.database)
+    fresh.replace(places.database)
     segments.sync_folder(places.database.parent)
 
 
@@ -148,7 +150,7 @@ def _opened(path: Path) -> Iterator[duckdb.DuckDBPyConnection]:
     """Open the database to write, refuse a foreign, broken or newer one, and bring an older one up to date."""
     with attached(path, write=False) as connection:  # a look that changes nothing
         current = migrate.check(connection, path)
-    with attached(path, write=True) as connection:
+        attach(connection, path, write=True)
         if not current:
             migrate.migrate(connection)
         yield connection

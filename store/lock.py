@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from mergectl.store.errors import StoreBusy, StoreError
+from mergectl.store.errors import StoreBusyError, StoreError
 
 PATIENCE = 60.0  # seconds to wait for others; a turn takes well under one
 
@@ -53,6 +53,8 @@ def _acquire(handle: int, how: int, path: Path, deadline: float) -> None:
             return
         except BlockingIOError:
             if time.monotonic() >= deadline:
-                raise StoreBusy(f"The store is busy: another process holds {path}. Try again in a moment.") from None
+                raise StoreBusyError(
+                    f"The store is busy: another process holds {path}. Try again in a moment."
+                ) from None
         time.sleep(pause)
         pause = min(pause * 2, 0.02)

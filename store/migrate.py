@@ -27,13 +27,10 @@ def check(connection: duckdb.DuckDBPyConnection, path: Path) -> bool:
 
     latest = max(migrations())
     try:
-        known = {str(row[0]) for row in connection.execute("SELECT table_name FROM duckdb_tables()").fetchall()}
-        if "schema_version" not in known:
-            if known:
-                raise StoreError(f"{path} is a DuckDB file but not a mergectl store. Choose another with --store.")
-            return False
-        found = int(connection.execute("SELECT max(version) FROM schema_version").fetchall()[0][0] or 0)
+        found = int(connection.execute("SELECT coalesce(max(version), 0) FROM schema_version").fetchall()[0][0])
         views = connection.execute("SELECT digest FROM views_version").fetchall() if found else []
+    except duckdb.CatalogException as error:
+        raise StoreError(f"{path} is a DuckDB file but not a mergectl store. Choose another with --store.") from error
     except duckdb.Error as error:
         raise unreadable(path, error) from error
     if found > latest:

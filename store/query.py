@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergectl.store import heartbeat, ingest, migrate
 from mergectl.store.database import attached, first_line
-from mergectl.store.errors import StoreBusy, StoreError
+from mergectl.store.errors import StoreBusyError, StoreError
 from mergectl.store.lock import hold
 from mergectl.store.places import Places
 
@@ -34,7 +34,7 @@ def query(
     places: Places, sql: str, params: Sequence[Any] | Mapping[str, Any] = (), *, limit: float | None = None
 ) -> Table:
     """Run one read-only statement on the whole store, for at most `limit` seconds."""
-    with contextlib.suppress(StoreBusy):  # held open elsewhere: what waits in the inbox can wait longer
+    with contextlib.suppress(StoreBusyError):  # held open elsewhere: what waits in the inbox can wait longer
         ingest.ingest(places)
     if places.empty():
         raise StoreError(f"There is no store at {places.database} yet; the first run makes it.")

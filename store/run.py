@@ -28,7 +28,10 @@ class Run:
         self._document = document
         self._ended = ended
         self._clock = time.monotonic()
-        self._heartbeat = Heartbeat(places.heartbeats / self.id)
+        try:
+            self._heartbeat = Heartbeat(places.heartbeats / self.id)
+        except OSError as error:
+            raise StoreError(f"A run cannot be begun in {places.heartbeats}: {error.strerror}.") from error
         try:
             segments.put(places.inbox, document)
         except BaseException:
@@ -103,6 +106,7 @@ class Run:
         seconds = time.monotonic() - self._clock
         final = self._document | {"status": status, "error": error, "ended_at": utc_now(), "seconds": seconds}
         segments.put(self._places.inbox, final)
+        (self._places.inbox / f"{self.id}.started.json").unlink(missing_ok=True)
         self._document = final
         self._heartbeat.stop()
         self._ended()

@@ -10,12 +10,13 @@ import contextlib
 import json
 import os
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 from mergectl.store.database import memory, quoted
-from mergectl.store.documents import BrokenDocument, Document, checked, is_final
+from mergectl.store.documents import Document, DocumentError, NewerDocumentError, checked, is_final
 from mergectl.store.errors import StoreError, StoreWarning
 from mergectl.store.places import Places
 
@@ -41,11 +42,11 @@ def write_durably(path: Path, data: bytes) -> None:
     """Write a file beside its place, sync it, rename it, and sync the folder."""
     beside = path.parent / f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp"
     try:
-        with open(beside, "wb") as handle:
+        with beside.open("wb") as handle:
             handle.write(data)
             handle.flush()
             os.fsync(handle.fileno())
-        os.replace(beside, path)
+        beside.replace(path)
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
@@ -75,20 +76,33 @@ def read(path: Path) -> Document | None:
         return None
     except OSError as error:
         raise StoreError(f"The segment {path} cannot be read: {error.strerror}.") from error
+    except NewerDocumentError:
+        warnings.warn(f"{path} is of a newer mergectl and waits for it.", StoreWarning, stacklevel=2)
+        return None
     except ValueError as error:
         aside = path.with_name(path.name + ".broken")
         path.replace(aside)
-        reason = error if isinstance(error, BrokenDocument) else "it is not JSON"
+        reason = error if isinstance(error, DocumentError) else "it is not JSON"
         warnings.warn(f"{path} holds no run: {reason}. It was renamed to {aside.name}.", StoreWarning, stacklevel=2)
         return None
 
 
 def archive(places: Places, path: Path) -> None:
-    """Move a segment whose rows are committed from the inbox into the archive."""
+    """Move a segment whose rows are committed from the inbox into the archive; an end makes its beginning needless."""
+    name = path.name.split(".")[0]
+    final, started = places.archive / f"{name}.json", places.archive / f"{name}.started.json"
     with contextlib.suppress(FileNotFoundError):
         path.replace(places.archive / path.name)
-    if not path.name.endswith(".started.json"):
-        (places.archive / f"{path.stem}.started.json").unlink(missing_ok=True)
+    if final.exists():
+        started.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed writer left half-written more than an hour ago."""
+    for path in folder.glob(".*.tmp"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > 3600:
+                path.unlink()
 
 
 def pack(places: Places) -> None:

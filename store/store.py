@@ -8,7 +8,7 @@ import os
 import platform
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +78,7 @@ class Store:
         document["inputs"] = [_input(entry) for entry in inputs]
         return Run(self.places, document, self._ingest_soon)
 
-    def query(
-        self, sql: str, params: Sequence[Any] | Mapping[str, Any] = (), *, limit: float | None = None
-    ) -> Table:
+    def query(self, sql: str, params: Sequence[Any] | Mapping[str, Any] = (), *, limit: float | None = None) -> Table:
         """Answer one SELECT, of everything up to this moment; `limit` stops it after so many seconds."""
         return query(self.places, sql, params, limit=limit)
 
@@ -92,7 +90,7 @@ class Store:
         """Make the database anew from the archive, keep the old file as `*.old`, and return how many runs it holds."""
         if self.places.empty():
             raise StoreError(f"There is nothing at {self.path} to rebuild a store from.")
-        return ingest.rebuild(self.places, datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%S%f.old"))
+        return ingest.rebuild(self.places, datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f.old"))
 
     def find(self, prefix: str) -> dict[str, Any] | None:
         """Return the run with this id, the newest with this name, or the only one whose id begins so."""
@@ -113,9 +111,7 @@ class Store:
         )  # fmt: skip
         return found[0] if found else None
 
-    def leaderboard(
-        self, split: str = "report", suite: str | None = None, tasks: Sequence[str] | None = None
-    ) -> Table:
+    def leaderboard(self, split: str = "report", suite: str | None = None, tasks: Sequence[str] | None = None) -> Table:
         """Return one row per model and one column per task: base, experts and merges (see the view of that name)."""
         return boards.leaderboard(self.query, split, suite, tasks)
 

@@ -41,7 +41,8 @@ WITH notes AS (
     FROM named GROUP BY run_id
 )
 SELECT t.run_id, t.method, t.settings, r.refine,
-    CASE WHEN json_type(coalesce(t.given, t.settings)) = 'OBJECT' THEN brief(coalesce(t.given, t.settings)) END AS shown
+    CASE WHEN json_type(coalesce(t.given, t.settings)) = 'OBJECT' THEN nullif(brief(coalesce(t.given, t.settings)), '')
+        END AS shown
 FROM told t LEFT JOIN refined r USING (run_id) WHERE t.method IS NOT NULL;
 
 -- The newest score of every model on every task and split. A head is named where it is not the model's own.
@@ -60,7 +61,8 @@ QUALIFY row_number() OVER (
 -- Who a digest is: base, expert, merged (one row per recipe that gave these very weights), or just a model.
 CREATE VIEW models AS
 WITH made AS (
-    SELECT a.digest, r.run_id, r.kind AS made_by, r.name, p.method, p.refine, p.shown AS settings
+    SELECT a.digest, r.run_id, r.kind AS made_by,
+        coalesce(r.name, nullif(regexp_extract(rtrim(a.path, '/'), '[^/]+$'), '')) AS name, p.method, p.refine, p.shown AS settings
     FROM artifacts a
     JOIN runs r ON r.run_id = a.run_id AND r.status = 'finished' AND r.kind IN ('finetune', 'merge', 'search')
     LEFT JOIN recipes p ON p.run_id = a.run_id
@@ -174,7 +176,8 @@ WITH RECURSIVE edges AS (
     FROM inputs i JOIN runs r ON r.run_id = i.run_id
     LEFT JOIN (
         SELECT a.digest, p.run_id, p.started_at FROM artifacts a JOIN runs p ON p.run_id = a.run_id
-        WHERE a.digest IS NOT NULL
+        WHERE a.digest IS NOT NULL AND (a.run_id, a.digest) NOT IN (  -- a run that changed nothing made nothing
+            SELECT (run_id, digest) FROM inputs WHERE digest IS NOT NULL)
     ) p ON p.digest = i.digest AND p.started_at < r.started_at AND i.parent_run IS NULL
     QUALIFY row_number() OVER (
         PARTITION BY i.run_id, i.role, i.task, i.ref, i.digest ORDER BY p.started_at DESC NULLS LAST) = 1

@@ -11,11 +11,14 @@ from typing import Any
 import numpy as np
 
 from mergectl.benchmarks._contract import Part, Task
-from mergectl.models import empty_model, model_config, new_model, open_source
+from mergectl.models import model_config, new_model, open_source, quiet
 
 WORDS = ["good", "fine", "warm", "bad", "dull", "cold", "film", "book", "song", "the", "a", "was", "is"]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+SMALL = {
+    "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
+    "initializer_range": 0.2,
+}  # fmt: skip
 TEXT = {**SMALL, "vocab_size": 17, "max_position_embeddings": 40, "pad_token_id": 0}
 CONFIGS: dict[str, dict[str, Any]] = {
     "bert": {"model_type": "bert", **TEXT},
@@ -23,6 +26,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "deberta-v2": {"model_type": "deberta-v2", **TEXT, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
     "gpt2": {
         "model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 17, "n_positions": 40,
+        "initializer_range": 0.2,
         "bos_token_id": None, "eos_token_id": None,
     },
     "vit": {"model_type": "vit", **SMALL, "image_size": 8, "patch_size": 4, "num_channels": 1},
@@ -31,18 +35,14 @@ FAMILIES = list(CONFIGS)
 
 
 def sentences(split: str) -> Mapping[str, list[Any]]:
-    """Ninety-six little sentences; the label says whether the adjective is a kind one."""
+    """Ninety-six little sentences; the label says whether their adjectives are kind."""
     chance = random.Random(split)
     texts, labels = [], []
     for _ in range(96):
-        adjective = chance.randrange(6)
-        words = [
-            chance.choice(WORDS[9:11]),
-            chance.choice(WORDS[6:9]),
-            *[chance.choice(WORDS[11:])] * chance.randint(1, 6),
-        ]
-        texts.append(" ".join([*words, WORDS[adjective]]))
-        labels.append(int(adjective < 3))
+        kind = chance.randrange(2)
+        adjectives = [WORDS[chance.randrange(3) + (0 if kind else 3)] for _ in range(chance.randint(1, 6))]
+        texts.append(" ".join([chance.choice(WORDS[9:11]), chance.choice(WORDS[6:9]), *adjectives]))
+        labels.append(kind)
     return {"sentence": texts, "label": labels}
 
 
@@ -87,7 +87,8 @@ def tokenizer() -> Any:
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+        tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
+        model_max_length=10**6, model_input_names=["input_ids", "token_type_ids", "attention_mask"],
     )
 
 
@@ -110,7 +111,8 @@ def base(folder: Path, family: str, seed: int = 0) -> Path:
     bare(folder, family)
     task = task_for(family)
     model = new_model(model_config(open_source(folder), task), task, seed)
-    getattr(model, model.base_model_prefix).save_pretrained(folder)
+    with quiet():
+        getattr(model, model.base_model_prefix).save_pretrained(folder)
     return folder
 
 
@@ -119,10 +121,8 @@ def expert(folder: Path, family: str, task: Task | None = None, seed: int = 1, *
     bare(folder, family)
     chosen = task or task_for(family)
     model = new_model(model_config(open_source(folder), chosen), chosen, seed)
-    model.save_pretrained(folder)
+    with quiet():
+        model.save_pretrained(folder)
     record = {"kind": "expert", "task": chosen.id, "labels": list(chosen.labels), "kind_of_task": chosen.kind, **meta}
     (folder / "mergectl.json").write_text(json.dumps(record))
     return folder
-
-
-__all__ = ["FAMILIES", "MOOD", "NUMBER", "SHADE", "bare", "base", "empty_model", "expert", "task_for", "tokenizer"]

@@ -16,14 +16,14 @@ import pytest
 
 from mergectl import benchmarks
 from mergectl.benchmarks import _metrics, _rows
-from mergectl.benchmarks._contract import Task, with_suite
+from mergectl.benchmarks._contract import Task, Use, with_suite
 
 SUITES = [m.name for m in pkgutil.iter_modules(benchmarks.__path__) if not m.name.startswith("_")]
 MODULES = {name: importlib.import_module(f"mergectl.benchmarks.{name}") for name in SUITES}
 ALL = [with_suite(task, name) for name, module in MODULES.items() for task in module.TASKS]
 READ = [task for task in ALL if task.make is None]
 MADE = [task for task in ALL if task.make is not None]
-USES = ("fit", "tune", "report")
+USES: tuple[Use, ...] = ("fit", "tune", "report")
 
 every_task = pytest.mark.parametrize("task", ALL, ids=lambda task: task.id)
 every_read_task = pytest.mark.parametrize("task", READ, ids=lambda task: task.id)
@@ -62,6 +62,18 @@ def test_the_whole_of_glue_is_its_eight_tasks_in_the_fixed_order() -> None:
     assert MODULES["glue"].DEFAULT == ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte")
 
 
+def test_glue_is_scored_as_published_averages_are() -> None:
+    tasks = {task.name: (task.metric, task.parts["report"].split) for task in ALL if task.suite == "glue"}
+    usual = dict.fromkeys(("sst2", "mrpc", "qqp", "qnli", "rte", "wnli"), ("accuracy", "validation"))
+    assert tasks == {
+        **usual,
+        "cola": ("matthews", "validation"),
+        "stsb": ("pearson_spearman", "validation"),
+        "mnli": ("accuracy", "validation_matched"),
+        "mnli_mm": ("accuracy", "validation_mismatched"),
+    }
+
+
 @every_task
 def test_a_task_has_two_samples_with_its_inputs_and_a_label_of_its_own(task: Task) -> None:
     assert len(task.samples) == 2
@@ -86,7 +98,7 @@ def test_a_tasks_facts_fit_together(task: Task) -> None:
 
 @every_task
 def test_a_task_travels_to_another_process(task: Task) -> None:
-    assert pickle.loads(pickle.dumps(task)) == task
+    assert repr(pickle.loads(pickle.dumps(task))) == repr(task)
 
 
 @every_task
@@ -95,7 +107,9 @@ def test_perfect_outputs_score_one(task: Task) -> None:
 
     labels = [_rows.label_id(task, sample[task.label], 0, "sample") for sample in task.samples]
     labels = [*labels, labels[0]]
-    outputs = np.asarray(labels, float) if task.kind == "regression" else np.eye(len(task.labels))[labels]
+    outputs = (
+        np.asarray(labels, float) if task.kind == "regression" else np.eye(len(task.labels))[np.asarray(labels, int)]
+    )
     assert _metrics.scores(task, labels, outputs)[task.metric] == pytest.approx(1.0)
 
 
@@ -128,6 +142,20 @@ def _columns(rows: _rows.Rows, task: Task) -> tuple[list[str], list[str], list[i
 def test_loading_twice_gives_the_same_rows(task: Task, tmp_path: Path) -> None:
     data = write_source(tmp_path, task)
     assert _rows.load(task, "tune", data=data) == _rows.load(task, "tune", data=data)
+
+
+def test_snli_with_the_labels_of_rte_joins_neutral_and_contradiction(tmp_path: Path) -> None:
+    tasks = {task.name: task for task in ALL if task.suite == "snli"}
+    path = tmp_path / "snli" / "plain_text" / "test.parquet"
+    path.parent.mkdir(parents=True)
+    pq.write_table(pa.table({"premise": ["a"] * 4, "hypothesis": ["b"] * 4, "label": [0, 1, -1, 2]}), path)
+    found = {name: _rows.load(task, "report", data=tmp_path) for name, task in tasks.items()}
+    assert {name: rows.labels for name, rows in found.items()} == {
+        "snli": [0, 1, 2],
+        "rte_labels": [0, 1, 1],
+        "raw": [0, 1, 2],
+    }
+    assert {rows.ids[-1] for rows in found.values()} == {"test/3"}
 
 
 @pytest.mark.parametrize("task", MADE, ids=lambda task: task.id)

@@ -1,0 +1,193 @@
+"""The weights that go into a merge: which of them are shared, and reading them one by one with checks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from mergectl.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+Weights = Mapping[str, "torch.Tensor"]
+
+# The first part of a name that belongs to the body of a model when its names have no common prefix.
+_BODY = ("embed", "encoder", "decoder", "layer", "shared", "wte", "wpe", "blocks", "backbone", "transformer")
+_HEAD = ("classif", "head", "score", "cls", "qa_outputs", "regress", "predictions", "logits", "projector", "fc")
+
+
+def shape_of(weights: Any, name: str) -> tuple[int, ...]:
+    """Return a weight's shape, without reading it where the mapping can say it."""
+    ask = getattr(weights, "shape", None)
+    return tuple(ask(name) if callable(ask) else weights[name].shape)
+
+
+def dtype_of(weights: Any, name: str) -> Any:
+    """Return a weight's type, without reading it where the mapping can say it."""
+    ask = getattr(weights, "dtype", None)
+    return ask(name) if callable(ask) else weights[name].dtype
+
+
+def is_floating(weights: Any, name: str) -> bool:
+    """Say whether a weight holds floating-point numbers; its type may be torch's or the name safetensors uses."""
+    dtype = str(dtype_of(weights, name)).upper()
+    return "FLOAT" in dtype or dtype.startswith(("F", "BF"))
+
+
+class Inputs:
+    """Base and experts of one merge, read weight by weight in float32; every weight is checked when first read.
+
+    Weights stored in float64 stay so. `unchanged` holds the tasks whose expert has not differed from the base so far.
+    """
+
+    def __init__(self, base: Weights | None, experts: Mapping[str, Weights]) -> None:
+        """Check names and shapes of base and experts."""
+        if not experts:
+            raise UserError("There is no expert to merge. Give at least one.")
+        self.base, self.experts, self.tasks = base, experts, tuple(experts)
+        self.first: Weights = next(iter(experts.values())) if base is None else base
+        self.floating = [name for name in self.first if is_floating(self.first, name)]
+        self.carried = [name for name in self.first if not is_floating(self.first, name)]
+        self.shapes = {name: shape_of(self.first, name) for name in self.floating}
+        self.unchanged = set(self.tasks)
+        self._seen: set[str] = set()
+        for task, expert in experts.items():
+            check_names(self.first, expert, task, self.floating)
+
+    def base_weight(self, name: str) -> torch.Tensor:
+        """Read one weight of the base."""
+        assert self.base is not None
+        self._check(name)
+        return _wide(self.base[name])
+
+    def weights(self, name: str) -> torch.Tensor:
+        """Read one weight of all experts: [task, *shape]."""
+        import torch
+
+        self._check(name)
+        return torch.stack([_wide(expert[name]) for expert in self.experts.values()])
+
+    def deltas(self, name: str) -> torch.Tensor:
+        """Read one weight of all task vectors in float32: [task, *shape]."""
+        import torch
+
+        base = self.base_weight(name)
+        result = torch.empty((len(self.tasks), *base.shape), dtype=torch.float32)
+        for row, expert in zip(result, self.experts.values(), strict=True):
+            row.copy_(_wide(expert[name]) - base)
+        return result
+
+    def _check(self, name: str) -> None:
+        """Refuse NaN and infinity by name, and note which experts differ from the base; once per weight."""
+        import torch
+
+        if name in self._seen:
+            return
+        models = {f"the expert '{task}'": expert for task, expert in self.experts.items()}
+        for who, weights in {**models, **({} if self.base is None else {"the base": self.base})}.items():
+            if not _is_finite(weights[name]):
+                raise UserError(f"Weight '{name}' of {who} holds NaN or infinite numbers; such a model is not merged.")
+        if self.base is not None:
+            base = _wide(self.base[name])
+            same = {task for task in self.unchanged if torch.equal(_wide(self.experts[task][name]), base)}
+            self.unchanged = same
+        self._seen.add(name)
+
+
+def _is_finite(x: torch.Tensor) -> bool:
+    """Say whether there is no NaN and no infinity: both reach the smallest or the largest entry."""
+    return x.numel() == 0 or all(math.isfinite(float(end)) for end in _wide(x).aminmax())
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    """Return a weight as float32 (float64 if it is stored so) in main memory."""
+    x = x.detach().cpu()
+    return x if x.element_size() == 8 else x.float()
+
+
+def check_names(base: Weights, expert: Weights, task: str, names: Iterable[str]) -> None:
+    """Refuse an expert that lacks one of the weights or has another shape of it."""
+    for name in names:
+        if name not in expert:
+            raise UserError(f"The expert '{task}' has no weight '{name}', but the base has: another architecture.")
+        ours, theirs = shape_of(base, name), shape_of(expert, name)
+        if ours != theirs:
+            raise UserError(f"Weight '{name}' has shape {list(theirs)} in expert '{task}', {list(ours)} in the base.")
+
+
+class Subset(Mapping[str, "torch.Tensor"]):
+    """Some of the weights of a mapping, read when asked for."""
+
+    def __init__(self, weights: Weights, names: Iterable[str]) -> None:
+        """Take the names that the mapping has."""
+        self._weights, self._names = weights, {name: None for name in names if name in weights}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """Read one weight."""
+        if name not in self._names:
+            raise KeyError(name)
+        return self._weights[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """Go through the names in order."""
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        """Return the number of weights."""
+        return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        """Say whether there is such a weight, without reading it."""
+        return name in self._names
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a weight's shape."""
+        return shape_of(self._weights, name)
+
+    def dtype(self, name: str) -> Any:
+        """Return a weight's type."""
+        return dtype_of(self._weights, name)
+
+
+def split_heads(base: Weights, experts: Mapping[str, Weights]) -> tuple[list[str], list[str], dict[str, list[str]]]:
+    """Return the names that can be merged, those that no expert has, and for each task the names of its own head.
+
+    A head is what the base does not have, and every first part of the names outside the body of the model (such as
+    `classifier`) in which some expert's weights are missing or have another shape.
+    """
+    odd = [
+        name
+        for name in base
+        if any(name not in expert or shape_of(expert, name) != shape_of(base, name) for expert in experts.values())
+    ]
+    body = _body(base)
+    parts = {_part(name) for name in odd if _may_be_head(name, body, base)}
+    heads = {
+        task: [name for name in expert if _part(name) in parts or name not in base] for task, expert in experts.items()
+    }
+    alone = [name for name in base if _part(name) in parts and not any(name in expert for expert in experts.values())]
+    return [name for name in base if _part(name) not in parts], alone, heads
+
+
+def _part(name: str) -> str:
+    """Return the first part of a name."""
+    return name.split(".")[0]
+
+
+def _body(base: Weights) -> str:
+    """Return the first part of the names that holds most of the model."""
+    sizes: dict[str, int] = {}
+    for name in base:
+        sizes[_part(name)] = sizes.get(_part(name), 0) + math.prod(shape_of(base, name))
+    return max(sizes, key=lambda part: sizes[part], default="")
+
+
+def _may_be_head(name: str, body: str, base: Weights) -> bool:
+    """Say whether a weight lies outside the body of the model."""
+    part, _, rest = name.partition(".")
+    if part == body or not rest or any(word in part.lower() for word in _BODY):
+        return False
+    in_body = sum(_part(other) == body for other in base)
+    return any(word in part.lower() for word in _HEAD) or 2 * in_body > len(base)

@@ -1,0 +1,162 @@
+"""What a recipe says, step by step: refinements, the merge, their settings in full, and their random numbers."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from mergectl import settings
+from mergectl.errors import UserError, did_you_mean
+from mergectl.methods._contract import SUPPLIES, Rng
+
+if TYPE_CHECKING:
+    import torch
+
+# One or several refinements in any form that `parse_refine` reads.
+Refinements: TypeAlias = "str | Mapping[str, Any] | Sequence[str | Mapping[str, Any] | tuple[str, Mapping[str, Any]]]"
+
+GIVEN = ("masks", "signs", "grams", "fishers", "entropy")  # supplies that the caller hands over
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to do: a method, its settings, refinements before it in order, and the seed. Fit for JSON."""
+
+    method: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    refine: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+    seed: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the recipe as plain data."""
+        steps = [[name, dict(given)] for name, given in self.refine]
+        return {"method": self.method, "settings": dict(self.settings), "refine": steps, "seed": self.seed}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One refinement, or the merge itself, with its settings in full."""
+
+    name: str
+    settings: Mapping[str, Any]
+
+
+def steps_of(recipe: Recipe, tasks: Sequence[str]) -> list[Step]:
+    """Return the recipe's refinements and, last, its merge; a preset brings refinements of its own."""
+    info = settings.describe(recipe.method)
+    if info.kind == "refinement":
+        raise UserError(
+            f"'{info.name}' refines task vectors and merges nothing. Use it before a method: --refine {info.name}."
+        )
+    steps = []
+    for name, given in parse_refine(recipe.refine):
+        steps.append(Step(name, settings.check(name, given, tasks)))
+    values = settings.check(recipe.method, recipe.settings, tasks)
+    for name in (*info.refine, info.method):
+        steps.append(Step(name, {key: value for key, value in values.items() if info.settings[key].origin == name}))
+    return steps
+
+
+def groups(steps: Sequence[Step], names: Sequence[str]) -> list[tuple[list[str], list[Step]]]:
+    """Group weights by the settings their names select; each group is then merged as a model of its own."""
+    found: dict[str, tuple[list[str], list[Step]]] = {}
+    for name in names:
+        own = [Step(step.name, {key: select(value, name) for key, value in step.settings.items()}) for step in steps]
+        own = [Step(s.name, {k: v for k, v in s.settings.items() if v is not None}) for s in own]
+        found.setdefault(repr(own), ([], own))[0].append(name)
+    return list(found.values())
+
+
+def select(value: Any, name: str) -> Any:
+    """Return a setting's value for one weight: that of the first pattern its name fits, a lone * last of all."""
+    if not isinstance(value, Mapping):
+        return value
+    patterns = sorted(value, key=lambda pattern: pattern == "*")
+    return next((value[pattern] for pattern in patterns if fnmatch.fnmatchcase(name, pattern)), None)
+
+
+def check_experts(info: settings.MethodInfo, count: int) -> None:
+    """Refuse a number of experts that the method cannot merge."""
+    least, most = info.experts
+    if count < least or (most is not None and count > most):
+        limit = f"exactly {least}" if least == most else f"at least {least}" if count < least else f"at most {most}"
+        raise UserError(f"Method '{info.name}' takes {limit} expert{'' if limit.endswith(' 1') else 's'}, got {count}.")
+
+
+def check_supplies(info: settings.MethodInfo, wanted: Mapping[str, bool], given: Mapping[str, Any]) -> None:
+    """Refuse a supply that nothing asks for, and a merge that lacks one it must have."""
+    for name in given:
+        if name not in SUPPLIES:
+            raise UserError(f"There is no supply '{name}'.{did_you_mean(name, GIVEN)}")
+        if name not in wanted or name not in GIVEN:
+            raise UserError(f"Method '{info.name}' does not take the supply '{name}' that was given.")
+    for name in GIVEN:
+        if wanted.get(name) and given.get(name) is None:
+            raise UserError(f"Method '{info.name}' needs '{name}' ({SUPPLIES[name]}), and none was given.")
+
+
+def generators(seed: int, stream: int) -> Rng:
+    """Return the function that gives each task's weight its own seeded generator."""
+
+    def rng(task: str, weight: str) -> torch.Generator:
+        import torch
+
+        digest = hashlib.sha256(repr((seed, stream, task, weight)).encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+    return rng
+
+
+def recipe_of(
+    method: str, given: Mapping[str, Any] | None = None, refine: Refinements | None = None, seed: int = 0
+) -> Recipe:
+    """Make a recipe of a method, settings (as values or as typed) and refinements, names and values checked."""
+    info = settings.describe(method)
+    values = _read(info, given or {})
+    settings.check(info.name, values, None)
+    return Recipe(info.name, values, parse_refine(refine or ()), int(seed))
+
+
+def parse_refine(refine: Refinements) -> tuple[tuple[str, Mapping[str, Any]], ...]:
+    """Read refinements: (name, settings), {name: settings}, or text such as `dare` and `dare:drop=0.9,rescale=no`."""
+    steps = []
+    for part in [refine] if isinstance(refine, str | Mapping) else refine:
+        for name, given in [_parse_text(part)] if isinstance(part, str) else _pairs(part):
+            info = settings.describe(name)
+            if info.kind != "refinement":
+                raise UserError(f"'{name}' is no refinement. Known: {', '.join(settings.refinements())}.")
+            values = _read(info, given or {})
+            settings.check(info.name, values, None)
+            steps.append((info.name, values))
+    return tuple(steps)
+
+
+def _pairs(part: Any) -> list[tuple[str, Mapping[str, Any]]]:
+    if isinstance(part, Mapping):
+        return list(part.items())
+    if isinstance(part, Sequence) and len(part) == 2 and isinstance(part[0], str):
+        return [(part[0], part[1])]
+    raise UserError(f"Cannot read the refinement {part!r}. Write it as a name with its settings.")
+
+
+def _parse_text(text: str) -> tuple[str, Mapping[str, Any]]:
+    name, _, rest = text.partition(":")
+    given = {}
+    for part in rest.split(",") if rest else []:
+        key, sign, value = part.partition("=")
+        if not sign:
+            raise UserError(f"Cannot read the refinement '{text}'. Write it as {name}:setting=value,setting=value.")
+        given[key.strip()] = value
+    return name.strip(), given
+
+
+def _read(info: settings.MethodInfo, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the values that are given as text."""
+    known = info.settings
+    return {
+        key: settings.parse(known[key], value) if isinstance(value, str) and key in known else value
+        for key, value in given.items()
+    }
