@@ -10,8 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergectl.checkpoints import Checkpoint, WeightFile, open_checkpoint, read_json
 from mergectl.errors import UserError
+from mergectl.weights import Checkpoint, WeightFile, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +26,7 @@ PARTS = re.compile(
 class AdapterCheckpoint(Checkpoint):
     """A full model: the adapter's base, with the adapter folded in, and the head that was trained beside it."""
 
-    def __init__(self, folder: Path, ref: str, find_run: Callable[[str], Path | None] | None = None) -> None:
+    def __init__(self, folder: Path, ref: str, open_base: Callable[[str], Checkpoint]) -> None:
         self.folder, self.ref = folder, ref
         self.settings = read_json(folder / "adapter_config.json")
         self.kind = str(self.settings.get("peft_type"))
@@ -35,7 +35,7 @@ class AdapterCheckpoint(Checkpoint):
         base = self.settings.get("base_model_name_or_path")
         if not base:
             raise UserError(f"{ref}: adapter_config.json does not name its base model (base_model_name_or_path).")
-        self.base = open_checkpoint(base, find_run)
+        self.base = open_base(base)
         self.meta = read_json(folder / "mergectl.json") if (folder / "mergectl.json").exists() else {}
         self._adapter = WeightFile(_adapter_file(folder, ref))
         self._modules, self._saved = self._sort_out()

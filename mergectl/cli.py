@@ -56,8 +56,7 @@ class Methods(TyperGroup):
 
     def get_command(self, ctx: typer.Context, cmd_name: str) -> Any:
         """Build a method's command from its settings."""
-        if cmd_name not in commands.mergers():
-            raise UserError(f"No method '{cmd_name}'.{did_you_mean(cmd_name, commands.mergers())}")
+        cmd_name = commands.known_merger(cmd_name)
         made = typer.Typer(add_completion=False, context_settings=SETTINGS, rich_markup_mode=None)
         function, text, epilog = commands.for_method(str(self.name), cmd_name)
         made.command(cmd_name, cls=Verb, help=text, epilog=epilog)(function)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mergectl.errors import UserError
+from mergectl.errors import UserError, did_you_mean
 from mergectl.lab import Lab
 from mergectl.options import command, given_settings, setting_options
 
@@ -32,6 +32,19 @@ def mergers() -> list[str]:
     from mergectl.settings import names
 
     return names()
+
+
+def known_merger(word: str) -> str:
+    """A method's name as its file has it, or a refusal that names the nearest."""
+    from mergectl.settings import names, problems, refinements
+
+    name = word.replace("-", "_")
+    if name in names():
+        return name
+    if name in refinements():
+        raise UserError(f"'{name}' refines task vectors and merges nothing. Use it before a method: --refine {name}")
+    broken = [sentence for sentence in problems() if name in sentence]
+    raise UserError(broken[0] if broken else f"No method '{word}'.{did_you_mean(word, names())}")
 
 
 def for_method(verb: str, method: str) -> tuple[Callable[..., Any], str, str]:

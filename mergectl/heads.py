@@ -142,7 +142,7 @@ class PackedMasks(Mapping[str, "torch.Tensor"]):
         self._packed, self._live = packed, live
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        from mergectl.merge import unpack_bits
+        from mergectl.bits import unpack_bits
 
         slot = self._live.slot(name)
         if slot is None:

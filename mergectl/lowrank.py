@@ -30,7 +30,11 @@ def put_on(model: Any, config: FinetuneConfig) -> Any:
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft advises about what is set below
         torch.manual_seed(config.seed)
-        return get_peft_model(model, _settings(model, config))
+        try:
+            return get_peft_model(model, _settings(model, config))
+        except ValueError as error:
+            targets = ",".join(config.targets)
+            raise UserError(f"{config.peft} cannot be put on '{targets}' of this model: {error}") from error
 
 
 def _settings(model: Any, config: FinetuneConfig) -> Any:

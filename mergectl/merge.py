@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergectl import artefacts
+from mergectl.bits import pack_bits, packed_size
 from mergectl.checkpoints import Checkpoint, open_checkpoint
 from mergectl.errors import UserError
 from mergectl.families import Population, headed_prefix, line_up, short_names
@@ -204,7 +205,7 @@ class _Kept:
     def _open(self) -> None:
         view, base = self.family.population.base, self.family.base
         shapes = {name: base.shape(own) for name, own in view.own_name.items()}
-        packed = {name: (-(-_numel(shape) // 8),) for name, shape in shapes.items()}
+        packed = {name: (packed_size(shape),) for name, shape in shapes.items()}
         self.writers.append(
             artefacts.SafetensorsWriter(self.folder / "unified.safetensors", shapes, dict.fromkeys(shapes, "F32"))
         )
@@ -216,30 +217,6 @@ class _Kept:
     def close(self) -> None:
         for writer in self.writers:
             writer.close()
-
-
-def _numel(shape: Sequence[int]) -> int:
-    count = 1
-    for n in shape:
-        count *= n
-    return count
-
-
-def pack_bits(mask: torch.Tensor) -> torch.Tensor:
-    """One bit per element, little-endian within the byte, padded with zeros to whole bytes."""
-    import numpy as np
-    import torch
-
-    return torch.from_numpy(np.packbits(mask.reshape(-1).numpy(), bitorder="little"))
-
-
-def unpack_bits(packed: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """The inverse of `pack_bits`."""
-    import numpy as np
-    import torch
-
-    bits = np.unpackbits(packed.numpy(), count=_numel(shape), bitorder="little")
-    return torch.from_numpy(bits).bool().reshape(tuple(shape))
 
 
 def _write_head(family: Family, task: str, folder: Path, rescaler: float | None) -> None:

@@ -19,6 +19,18 @@ from mergectl.values import Setting
 
 __all__ = ["MethodInfo", "Setting", "check", "describe", "names", "parse", "problems", "refinements", "settings_of"]
 
+# The method words of the Medusa command line, with any number of leading underscores.
+_LEGACY = {
+    "SUM": "average",
+    "TA": "task_arithmetic",
+    "MEDUSA": "medusa",
+    "_TIES": "medusa",
+    "TIES_": "ties_tensor",
+    "TIES_TIES": "ties_tensor",
+    "DARE_SUM": "dare_average",
+    "DARE_TA": "dare_task_arithmetic",
+    "DARE_TIES": "dare_ties",
+}
 _TYPES: dict[Any, Literal["float", "int", "bool", "word"]]
 _TYPES = {float: "float", int: "int", bool: "bool", str: "word"}
 
@@ -67,7 +79,7 @@ def problems() -> list[str]:
 
 def describe(name: str) -> MethodInfo:
     """Return all facts about a method, refinement or preset."""
-    name = name.replace("-", "_")
+    name = _LEGACY.get(name.lstrip("_") if name != "_TIES" else name, name.replace("-", "_"))
     files = plugins.names("methods")
     if name in files:
         return _describe_file(name)

@@ -12,14 +12,14 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-# A share times a count may fall a few units in the last place below the whole number that was meant:
-# 7600 * (1 - 0.8) is 1519.9999999999998. Four such units are forgiven before rounding down.
-SLACK = 1 + 2.0**-50
+# A share such as 1 - 0.8 lies a few units of 2**-53 below the number that was meant, and so may its product with a
+# count: 7600 * (1 - 0.8) is 1519.9999999999998. That much is forgiven before rounding down.
+SLACK = 2.0**-51
 
 
 def count_share(share: float, count: int) -> int:
     """Return the whole number of elements in a share of `count`, rounded down."""
-    return min(count, math.floor(share * count * SLACK))
+    return min(count, math.floor((share + SLACK) * count))
 
 
 def per_task(value: float | Sequence[float], tasks: int) -> list[float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,8 @@ def test_a_folded_adapter_answers_as_the_adapter_does(family: str, peft: str, tm
     live = open_live(out, [tiny.MOOD])
     bench = make_bench(tiny.MOOD, live.preparer)
     start = open_live(base, [tiny.MOOD]).use("tiny/mood")
-    adapted = PeftModel.from_pretrained(start, str(out / "adapter"))
+    with warnings.catch_warnings(action="ignore"):  # of peft, about transformers
+        adapted = PeftModel.from_pretrained(start, str(out / "adapter"))
     np.testing.assert_allclose(logits(adapted, bench), logits(live.use("tiny/mood"), bench), atol=1e-5)
 
 
@@ -233,7 +235,8 @@ def test_accumulated_parts_weigh_as_much_as_one_batch(vit: Path, tmp_path: Path)
     train(config(vit, epochs=1, batch_size=16), tmp_path / "one")
     train(config(vit, epochs=1, batch_size=4, accumulation=4), tmp_path / "parts")
     one, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "parts"))
-    for name, weight in one.items():
+    # The loss does not depend on a key's bias, so that Adam steps by the sign of rounding errors there.
+    for name, weight in ((n, w) for n, w in one.items() if "key.bias" not in n):
         torch.testing.assert_close(parts[name], weight, atol=2e-4, rtol=1e-3)
 
 

@@ -24,7 +24,8 @@ TEXT_FAMILIES = [family for family in tiny.FAMILIES if family != "vit"]
 def stored(folder: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
-    return load_file(folder / "model.safetensors")
+    found: dict[str, torch.Tensor] = load_file(folder / "model.safetensors")
+    return found
 
 
 def text_of(folder: Path, task: Any = tiny.MOOD, max_length: int | None = None) -> TextPreparer:

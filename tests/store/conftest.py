@@ -11,15 +11,34 @@ from pathlib import Path
 import pytest
 
 import mergectl.store
-from mergectl.store import Store, open_store
+from mergectl.store import Store, migrate, open_store
+from mergectl.store.database import attached
 
 ROOT = Path(mergectl.store.__file__).absolute().parents[2]
 Launch = Callable[..., "subprocess.Popen[str]"]
 
 
+@pytest.fixture(scope="session")
+def database(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """Make a database without runs once: making one takes a tenth of a second."""
+    path = tmp_path_factory.mktemp("database") / "mergectl.duckdb"
+    with attached(path, write=True) as connection:
+        migrate.migrate(connection)
+    return path.read_bytes()
+
+
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
+def untouched(tmp_path: Path) -> Store:
+    """Return a store that has no file yet."""
     return open_store(tmp_path / "lab" / "mergectl.duckdb")
+
+
+@pytest.fixture
+def store(untouched: Store, database: bytes) -> Store:
+    """Return a store without runs."""
+    untouched.places.make()
+    untouched.path.write_bytes(database)
+    return untouched
 
 
 @pytest.fixture

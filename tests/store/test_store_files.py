@@ -58,13 +58,13 @@ def test_a_newer_file_is_told_and_left_alone(store: Store) -> None:
     assert store.path.read_bytes() == before
 
 
-def test_another_program_s_database_is_told_and_left_alone(store: Store) -> None:
-    change(store, "CREATE TABLE theirs (x INTEGER)")
-    before = store.path.read_bytes()
-    store.start("merge", config={}).finish()
+def test_another_program_s_database_is_told_and_left_alone(untouched: Store) -> None:
+    change(untouched, "CREATE TABLE theirs (x INTEGER)")
+    before = untouched.path.read_bytes()
+    untouched.start("merge", config={}).finish()
     with pytest.raises(StoreError, match="not a mergectl store"):
-        store.query("SELECT 1")
-    assert store.path.read_bytes() == before
+        untouched.query("SELECT 1")
+    assert untouched.path.read_bytes() == before
 
 
 def test_a_file_open_elsewhere_is_busy_and_loses_nothing(store: Store, launch: Launch) -> None:
@@ -92,15 +92,15 @@ def test_a_folder_in_the_way_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [number for number in migrate.migrations()])
-def test_every_older_schema_opens_with_its_row(store: Store, number: int) -> None:
+def test_every_older_schema_opens_with_its_row(untouched: Store, number: int) -> None:
     older = [path.read_text() for known, path in migrate.migrations().items() if known <= number]
     versions = [f"INSERT INTO schema_version (version) VALUES ({known})" for known in range(1, number + 1)]
     row = "INSERT INTO runs (run_id, kind, status, config) VALUES ('abc', 'merge', 'finished', '{\"x\": 1}')"
-    change(store, *older, *versions, row)
-    found = store.find("abc")
+    change(untouched, *older, *versions, row)
+    found = untouched.find("abc")
     assert found is not None
     assert (found["kind"], found["config"]) == ("merge", {"x": 1})
-    latest = store.query("SELECT max(version) FROM schema_version").rows[0][0]
+    latest = untouched.query("SELECT max(version) FROM schema_version").rows[0][0]
     assert latest == max(migrate.migrations())
 
 

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from mergectl.store import Store, StoreError
+from mergectl.store import Store, StoreError, open_store
 
 
-@pytest.fixture
-def filled(store: Store) -> Store:
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    store = open_store(tmp_path_factory.mktemp("lab"))
     with store.start("eval", config={"x": 1}, name="one") as run:
         run.metric("score", 0.5, task="a/b", split="report")
     return store
@@ -84,19 +85,20 @@ def test_a_question_that_takes_too_long_is_stopped(filled: Store) -> None:
         filled.query("SELECT count(*) FROM range(100000000) a, range(100000) b WHERE random() < 0.1", limit=0.3)
 
 
-def test_asking_where_nothing_is_says_so(store: Store) -> None:
+def test_asking_where_nothing_is_says_so(untouched: Store) -> None:
     with pytest.raises(StoreError, match="There is no store at"):
-        store.query("SELECT 1")
-    assert not store.folder.exists()
+        untouched.query("SELECT 1")
+    assert not untouched.folder.exists()
 
 
-def test_what_waits_in_the_inbox_is_in_the_answer(filled: Store) -> None:
-    filled.start("merge", config={}).finish()
-    assert filled.query("SELECT kind FROM runs ORDER BY started_at").rows == [("eval",), ("merge",)]
+def test_what_waits_in_the_inbox_is_in_the_answer(store: Store) -> None:
+    for kind in ("eval", "merge"):
+        store.start(kind, config={}).finish()
+    assert store.query("SELECT kind FROM runs ORDER BY started_at").rows == [("eval",), ("merge",)]
 
 
-def test_no_view_shows_a_number_that_is_not_finite(filled: Store) -> None:
-    with filled.start("trial", config={"method": "ties"}, study="s", trial=0) as run:
+def test_no_view_shows_a_number_that_is_not_finite(store: Store) -> None:
+    with store.start("trial", config={"method": "ties"}, study="s", trial=0) as run:
         run.metric("score", float("nan"), task="a/b", split="tune")
         run.metric("score", 0.5, task="a/c", split="tune")
-    assert filled.query("SELECT value, best_so_far FROM trials").rows == [(0.5, 0.5)]
+    assert store.query("SELECT value, best_so_far FROM trials").rows == [(0.5, 0.5)]

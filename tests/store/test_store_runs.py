@@ -24,8 +24,8 @@ def status_of(store: Store, run_id: str) -> Any:
     return store.query("SELECT status, error FROM runs WHERE run_id = ?", [run_id]).rows
 
 
-def test_making_a_store_and_looking_for_runs_touches_no_file(store: Store) -> None:
-    assert (store.find("ab"), store.finished("ab"), store.folder.exists()) == (None, None, False)
+def test_making_a_store_and_looking_for_runs_touches_no_file(untouched: Store) -> None:
+    assert (untouched.find("ab"), untouched.finished("ab"), untouched.folder.exists()) == (None, None, False)
 
 
 def test_a_run_has_a_row_before_its_end(store: Store) -> None:
@@ -146,7 +146,7 @@ def test_a_run_is_found_by_id_prefix_and_by_name_newest_first(store: Store) -> N
 
 
 def test_an_ambiguous_prefix_lists_the_runs_it_may_mean(store: Store) -> None:
-    ids = [store.start("merge", config={"x": number}).id for number in range(300)]
+    ids = [store.start("merge", config={"x": number}).id for number in range(100)]
     shared = next(name[:2] for name in ids if sum(other[:2] == name[:2] for other in ids) > 1)
     with pytest.raises(StoreError, match=rf"runs begin with {shared}: {shared}.*, {shared}.* Give more of the id"):
         store.find(shared)
@@ -215,7 +215,7 @@ JSON = st.recursive(
 
 
 @given(config=st.dictionaries(st.text(max_size=5), JSON, max_size=4))
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_config_comes_back_as_it_was(store: Store, config: dict[str, Any]) -> None:
     run = store.start("merge", config=config)
     run.finish()

@@ -1,0 +1,43 @@
+"""Every test has its own lab, one thread, and no network."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+Cli = Callable[..., int]
+
+
+@pytest.fixture(autouse=True)
+def own_lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Work in a fresh folder, with no settings from outside."""
+    for name in ("MERGECTL_STORE", "MERGECTL_DATA", "MERGECTL_TASKS", "MERGECTL_PLUGINS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def population(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base and three experts that no test may change."""
+    from tests import population
+
+    return population.make(tmp_path_factory.mktemp("population"))
+
+
+@pytest.fixture
+def cli() -> Cli:
+    """Run the program as a user types it; returns the exit code."""
+    from mergectl.cli import main
+
+    return lambda *words: main([str(word) for word in words])

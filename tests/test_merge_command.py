@@ -1,0 +1,169 @@
+"""`mergectl merge`: what is written, that plain transformers loads it, and that nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mergectl.checkpoints import open_checkpoint
+from tests import population as tiny
+from tests.conftest import Cli
+
+
+def test_task_arithmetic_on_disk_is_base_plus_scaled_sum(cli: Cli, population: Path) -> None:
+    experts = [population / "parity", population / "loop"]
+    assert cli("merge", "task_arithmetic", "--base", population / "base", "--experts", *experts, "-o", "m", "--scale", "0.3") == 0
+    base, merged = tiny.weights(population / "base"), tiny.weights(Path("m"))
+    for name, start in base.items():
+        deltas = [tiny.weights(path)[f"vit.{name}"] - start for path in experts]
+        torch.testing.assert_close(merged[name], start + 0.3 * sum(deltas), rtol=0, atol=1e-6)
+
+
+def test_every_weight_of_the_base_is_in_the_result_with_its_shape(cli: Cli, population: Path) -> None:
+    assert cli("merge", "ties", "--base", population / "base", "--experts", population / "parity", population / "loop", "-o", "m") == 0
+    base, merged = tiny.weights(population / "base"), tiny.weights(Path("m"))
+    assert {n: w.shape for n, w in merged.items()} == {n: w.shape for n, w in base.items()}
+
+
+def test_plain_transformers_loads_the_result_without_mergectl(cli: Cli, population: Path, tmp_path: Path) -> None:
+    assert cli("merge", "average", "--experts", population / "parity", population / "loop", "-o", "m") == 0
+    code = (
+        "import sys; sys.modules['mergectl'] = None; import torch; from transformers import AutoModel;"
+        "model, info = AutoModel.from_pretrained('m', output_loading_info=True, add_pooling_layer=False);"
+        "print(sorted(map(str, info['missing_keys'])), sorted(map(str, info['unexpected_keys'])), model.num_parameters())"
+    )
+    done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
+    count = sum(weight.numel() for weight in tiny.weights(Path("m")).values())
+    assert done.stdout.split("\n")[0] == f"[] [] {count}"
+
+
+def test_an_exported_task_loads_as_a_plain_classifier(cli: Cli, population: Path, tmp_path: Path) -> None:
+    words = ["--experts", population / "parity", population / "loop", "--export", "loop", "-o", "one"]
+    assert cli("merge", "emr", "--base", population / "base", *words) == 0
+    code = (
+        "import sys; sys.modules['mergectl'] = None; from transformers import AutoModelForImageClassification as Auto;"
+        "model, info = Auto.from_pretrained('one', output_loading_info=True);"
+        "print(len(info['missing_keys']), len(info['unexpected_keys']), model.config.id2label[1])"
+    )
+    done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert done.stdout.strip() == "0 0 loop"
+
+
+def test_the_exported_weights_are_those_of_the_python_api(cli: Cli, population: Path) -> None:
+    from mergectl import merge_weights
+
+    tasks = ["parity", "loop"]
+    words = ["--experts", *[population / t for t in tasks], "--export", "loop", "-o", "one"]
+    assert cli("merge", "emr", "--base", population / "base", *words) == 0
+    base = tiny.weights(population / "base")
+    experts = {t: {n: tiny.weights(population / t)[f"vit.{n}"] for n in base} for t in tasks}
+    expected = merge_weights("emr", base, experts).task("loop")
+    found = tiny.weights(Path("one"))
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[f"vit.{name}"], weight, rtol=0, atol=1e-6)
+
+
+def test_heads_labels_and_masks_stand_beside_the_shared_model(cli: Cli, population: Path) -> None:
+    assert cli("merge", "emr", "--base", population / "base", "--experts", population / "parity", population / "digit", "-o", "m") == 0
+    record = json.loads(Path("m/tasks/digit/task.json").read_text())
+    head = load_file("m/tasks/digit/head.safetensors")
+    masks = load_file("m/tasks/digit/masks.safetensors")
+    base = tiny.weights(population / "base")
+    assert record["task"] == "digits/digit" and 0.5 < record["rescaler"] < 1.5
+    assert set(head) == {"classifier.weight", "classifier.bias"} and head["classifier.bias"].shape == (10,)
+    assert {n: len(bits) for n, bits in masks.items()} == {n: -(-w.numel() // 8) for n, w in base.items()}
+
+
+def test_the_record_names_inputs_by_digest_and_the_recipe_in_full(cli: Cli, population: Path) -> None:
+    assert cli("merge", "ties", "--base", population / "base", "--experts", population / "parity", "-o", "m", "--density", "0.3") == 0
+    record = json.loads(Path("m/mergectl.json").read_text())
+    digest = open_checkpoint(population / "parity").digest
+    assert {"role": "expert", "task": "digits/parity", "ref": str(population / "parity"), "digest": digest} in record["inputs"]
+    assert record["recipe"]["settings"]["density"] == [0.3] or record["recipe"]["settings"]["density"] == 0.3
+    assert record["recipe"]["settings"]["elect"] == "mass"
+
+
+def test_the_same_merge_twice_is_bit_identical(cli: Cli, population: Path) -> None:
+    words = ["--base", population / "base", "--experts", population / "parity", population / "loop", "--seed", "7"]
+    assert cli("merge", "dare_ties", *words, "-o", "a") == 0
+    assert cli("merge", "dare_ties", *words, "-o", "b") == 0
+    assert Path("a/model.safetensors").read_bytes() == Path("b/model.safetensors").read_bytes()
+
+
+def test_another_seed_draws_another_mask(cli: Cli, population: Path) -> None:
+    words = ["--base", population / "base", "--experts", population / "parity", population / "loop"]
+    cli("merge", "dare_ties", *words, "-o", "a", "--seed", "1")
+    cli("merge", "dare_ties", *words, "-o", "b", "--seed", "2")
+    assert Path("a/model.safetensors").read_bytes() != Path("b/model.safetensors").read_bytes()
+
+
+def test_refine_dare_then_a_merger_is_the_preset(cli: Cli, population: Path) -> None:
+    words = ["--base", population / "base", "--experts", population / "parity", population / "loop"]
+    assert cli("merge", "dare_task_arithmetic", *words, "-o", "a", "--drop", "0.5") == 0
+    assert cli("merge", "task_arithmetic", *words, "-o", "b", "--refine", "dare:drop=0.5") == 0
+    assert Path("a/model.safetensors").read_bytes() == Path("b/model.safetensors").read_bytes()
+
+
+def test_settings_per_task_and_per_weight(cli: Cli, population: Path) -> None:
+    words = ["--base", population / "base", "--experts", population / "parity", population / "loop"]
+    assert cli("merge", "task_arithmetic", *words, "-o", "a", "--scale", "parity=1,loop=0") == 0
+    assert cli("merge", "task_arithmetic", *words, "-o", "b", "--scale", "*.attention.*=0", "--scale", "*=1") == 0
+    base, parity = tiny.weights(population / "base"), tiny.weights(population / "parity")
+    one, grouped = tiny.weights(Path("a")), tiny.weights(Path("b"))
+    for name, start in base.items():
+        torch.testing.assert_close(one[name], parity[f"vit.{name}"], rtol=0, atol=1e-6)
+        assert torch.equal(grouped[name], start) == (".attention." in name)
+
+
+def test_dtype_and_force(cli: Cli, population: Path) -> None:
+    words = ["--experts", population / "parity", population / "loop", "-o", "m"]
+    assert cli("merge", "average", *words) == 0
+    assert cli("merge", "average", *words, "--force", "--dtype", "bfloat16") == 0
+    assert {weight.dtype for weight in tiny.weights(Path("m")).values()} == {torch.bfloat16}
+
+
+def test_a_recipe_file_merges_as_the_options_do(cli: Cli, population: Path) -> None:
+    recipe = {
+        "method": "ties", "base": str(population / "base"), "out": "from_file", "settings": {"density": 0.4},
+        "experts": {"parity": str(population / "parity"), "loop": str(population / "loop")},
+    }  # fmt: skip
+    Path("recipe.yaml").write_text(json.dumps(recipe))
+    assert cli("merge", "-c", "recipe.yaml") == 0
+    words = ["--base", population / "base", "--experts", population / "parity", population / "loop"]
+    assert cli("merge", "ties", *words, "--density", "0.4", "-o", "from_words") == 0
+    assert Path("from_file/model.safetensors").read_bytes() == Path("from_words/model.safetensors").read_bytes()
+
+
+def test_the_result_appears_in_the_store_with_its_parents(cli: Cli, population: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli("merge", "average", "--experts", population / "parity", population / "loop", "-o", "m")
+    capsys.readouterr()
+    assert cli("--json", "report", "--sql", "select role, task from inputs order by role, task") == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert rows == [
+        {"role": "base", "task": None},
+        {"role": "expert", "task": "digits/loop"},
+        {"role": "expert", "task": "digits/parity"},
+    ]
+
+
+def test_a_merge_without_a_base_needs_none(cli: Cli, population: Path, tmp_path: Path) -> None:
+    for task in ("parity", "loop"):
+        tiny.change(population / task, tmp_path / "stray" / task, lambda w: w)
+        (tmp_path / "stray" / task / "mergectl.json").unlink()
+    words = ["--experts", tmp_path / "stray/parity", tmp_path / "stray/loop", "-o", "m"]
+    assert cli("merge", "slerp", *words) == 0
+    assert not any(name.startswith("classifier") for name in tiny.weights(Path("m")))
+
+
+def test_a_killed_merge_leaves_nothing_and_the_next_cleans_up(cli: Cli, population: Path) -> None:
+    stale = Path(".m.tmp-999999999")
+    stale.mkdir()
+    (stale / "model.safetensors").write_bytes(b"half")
+    assert cli("merge", "average", "--experts", population / "parity", population / "loop", "-o", "m") == 0
+    assert not stale.exists() and Path("m/config.json").exists()
