@@ -156,8 +156,11 @@ class SafetensorsWriter:
         self._file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
         self.missing.remove(name)
 
-    def close(self) -> None:
+    def __enter__(self) -> SafetensorsWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """End the file; every announced weight must have been written."""
         self._file.close()
-        if self.missing:
+        if kind is None and self.missing:
             raise WorkError(f"The merge gave no '{min(self.missing)}' ({len(self.missing)} weights missing).")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -122,7 +123,9 @@ app.command("finetune", cls=Verb, short_help="Fine-tune one expert per task.")(c
 app.add_typer(merge_app, name="merge", short_help="Merge experts into one model.")
 app.command("eval", cls=Verb, short_help="Score a model on tasks.")(command(commands.evaluate))
 app.add_typer(search_app, name="search", short_help="Search a method's settings.")
-app.command("report", cls=Verb, short_help="Print the leaderboard, a run, or an answer in SQL.")(command(commands.report))
+app.command("report", cls=Verb, short_help="Print the leaderboard, a run, or an answer in SQL.")(
+    command(commands.report)
+)
 app.command("run", cls=Verb, short_help="Run a pipeline of verbs.")(command(commands.run))
 
 
@@ -130,7 +133,9 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code: 0 done, 1 failed, 2 bad input, 130 interrupted."""
     words = list(sys.argv[1:] if args is None else args)
     try:
-        app(arrange(words), prog_name="mergectl")
+        with warnings.catch_warnings():
+            _our_warnings_only("--debug" in words)
+            app(arrange(words), prog_name="mergectl")
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except KeyboardInterrupt:
@@ -140,6 +145,14 @@ def main(args: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         return _explain(error)
     return 0
+
+
+def _our_warnings_only(everything: bool) -> None:
+    """Print our own warnings as sentences; those of libraries only with --debug."""
+    if not everything:
+        warnings.simplefilter("ignore")
+    warnings.filterwarnings("always", module=r"mergectl(\.|$)")
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
 
 
 def _explain(error: Exception) -> int:

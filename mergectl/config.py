@@ -56,7 +56,8 @@ def read_file(path: Path, schema: type[Model]) -> Model:
     try:
         return schema.model_validate(content)
     except ValidationError as error:
-        problem = error.errors()[0]
+        # A misspelt key also leaves the right one missing: say the misspelling.
+        problem = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
         raise UserError(_sentence(path, problem, lines, schema)) from error
 
 

@@ -52,6 +52,7 @@ class FinetuneConfig:
     device: str = "auto"
     limit_fit: int | None = None
     limit_tune: int | None = None
+    by_length: bool = False  # rows of like length share a batch: less padding, up to twice as fast on texts
     from_scratch: bool = False  # the base's configuration with fresh weights
 
     def __post_init__(self) -> None:

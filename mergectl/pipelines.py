@@ -12,8 +12,8 @@ import yaml
 
 from mergectl.config import PipelineFile, read_file
 from mergectl.errors import UserError, did_you_mean
+from mergectl.family import named
 from mergectl.lab import Lab
-from mergectl.merge import named
 from mergectl.terminal import print_table
 
 SHIPPED = Path(__file__).parent / "recipes"

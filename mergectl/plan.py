@@ -65,7 +65,6 @@ def groups(steps: Sequence[Step], names: Sequence[str]) -> list[tuple[list[str],
     found: dict[str, tuple[list[str], list[Step]]] = {}
     for name in names:
         own = [Step(step.name, {key: select(value, name) for key, value in step.settings.items()}) for step in steps]
-        own = [Step(s.name, {k: v for k, v in s.settings.items() if v is not None}) for s in own]
         found.setdefault(repr(own), ([], own))[0].append(name)
     return list(found.values())
 
@@ -74,8 +73,9 @@ def select(value: Any, name: str) -> Any:
     """Return a setting's value for one weight: that of the first pattern its name fits, a lone * last of all."""
     if not isinstance(value, Mapping):
         return value
-    patterns = sorted(value, key=lambda pattern: pattern == "*")
-    return next((value[pattern] for pattern in patterns if fnmatch.fnmatchcase(name, pattern)), None)
+    return next(
+        (part for pattern, part in value.items() if pattern != "*" and fnmatch.fnmatchcase(name, pattern)), value["*"]
+    )
 
 
 def check_experts(info: settings.MethodInfo, count: int) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergectl.checkpoints import open_checkpoint
+from mergectl.family import open_family
 from mergectl.lab import Lab
-from mergectl.merge import open_family
 from mergectl.terminal import print_table
 from mergectl.verbs import evaluate_model, evaluate_references
 

@@ -108,8 +108,10 @@ def check(name: str, given: Mapping[str, Any], tasks: Sequence[str] | None) -> d
     checked = {}
     for key, setting in info.settings.items():
         checked[key] = values.resolve(setting, given.get(key, setting.default), tasks)
-        if info.extra_bits and isinstance(checked[key], dict):
-            raise UserError(f"{key} cannot differ between weights: method '{info.name}' keeps one rescaler per task.")
+        if tasks is not None and isinstance(checked[key], dict):
+            if info.extra_bits:
+                raise UserError(f"{key} cannot differ between weights: '{info.name}' keeps one rescaler per task.")
+            checked[key].setdefault("*", values.resolve(setting, setting.default, tasks))
     return checked
 
 

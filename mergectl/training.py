@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from torch.utils.data import Sampler
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from mergectl.bench import Bench, score_model
@@ -20,14 +22,43 @@ FIT, TUNE = {"loss": "loss", "learning_rate": "lr"}, "eval_"
 UNRECORDED = ("eval_examples", "eval_seconds")
 
 
+WINDOW = 50  # batches that are shuffled as one before they are sorted by length
+
+
+class ByLength(Sampler[int]):
+    """A shuffled order in which the rows of a batch are of like length; a function of seed and epoch alone."""
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self._lengths, self._size, self._seed, self._epoch = lengths, batch_size, seed, 0
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order comes next."""
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        chance = random.Random(f"{self._seed} {self._epoch}")
+        rows = list(range(len(self._lengths)))
+        chance.shuffle(rows)
+        window = WINDOW * self._size
+        for start in range(0, len(rows), window):
+            rows[start : start + window] = sorted(rows[start : start + window], key=self._lengths.__getitem__)
+        batches = [rows[start : start + self._size] for start in range(0, len(rows), self._size)]
+        short = [batches.pop()] if len(batches[-1]) < self._size else []  # only the last batch may be short
+        chance.shuffle(batches)
+        return (row for batch in batches + short for row in batch)
+
+
 class TaskTrainer(Trainer):  # type: ignore[misc, unused-ignore]
     """Trainer, but evaluation is by our benches, checkpoints carry live names, and a misload is never silent."""
 
     control: Any
 
-    def __init__(self, *, bench: Bench, dtype: str, **facts: Any) -> None:
+    def __init__(self, *, bench: Bench, dtype: str, sampler: ByLength | None = None, **facts: Any) -> None:
         super().__init__(**facts)
-        self._bench, self._dtype = bench, dtype
+        self._bench, self._dtype, self._sampler = bench, dtype, sampler
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Score the model on the `tune` split and tell the callbacks."""
@@ -36,6 +67,10 @@ class TaskTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Batches of neighbours in length where the job asks for them."""
+        return self._sampler or super()._get_train_sampler(train_dataset)
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Nobody reads Trainer's own estimate, which costs a walk over all weights each step."""
@@ -148,7 +183,7 @@ def make_trainer(
     config: FinetuneConfig,
     args: TrainingArguments,
     model: Any,
-    examples: Sequence[Mapping[str, Any]],
+    examples: Sequence[dict[str, Any]],
     bench: Bench,
     *,
     run: Any = None,
@@ -160,7 +195,9 @@ def make_trainer(
     callbacks: list[Any] = [Recorder(bench.task.id, run, progress)]
     if config.patience is not None:
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=config.patience))
+    lengths = [bench.preparer.length(example) for example in examples] if config.by_length else []
     trainer = TaskTrainer(
+        sampler=ByLength(lengths, config.batch_size * config.accumulation, config.seed) if lengths else None,
         bench=bench, dtype="bfloat16" if config.bf16 else "float32", model=model, args=args,
         train_dataset=examples, eval_dataset=list(examples[:1]), data_collator=bench.preparer.collate,
         compute_loss_func=loss(bench.task.kind == "regression"), callbacks=callbacks,

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from mergectl import __version__
 from mergectl.errors import UserError, WorkError
+from mergectl.family import Family, open_family
 from mergectl.lab import Lab
-from mergectl.merge import Family, MergeJob, open_family
+from mergectl.merge import MergeJob
 from mergectl.search import Plan, Trial, Verdict, check_sampler, open_study, search
 from mergectl.space import Dimension, space
 from mergectl.verbs import Result, evaluate_model, merge_models, record_inputs

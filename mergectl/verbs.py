@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from mergectl import __version__
 from mergectl.checkpoints import Checkpoint, open_checkpoint
 from mergectl.errors import UserError
+from mergectl.family import Family, open_family
 from mergectl.lab import Lab, versions
-from mergectl.merge import Family, MergeJob, checked, described, open_family
+from mergectl.merge import MergeJob, checked, described
 
 if TYPE_CHECKING:
     from mergectl.benchmarks._contract import Task

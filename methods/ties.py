@@ -34,7 +34,6 @@ LINEAR = ("scale",)
 PRESETS: dict[str, dict[str, Any]] = {"ties_tensor": {"scope": "tensor", "zero_sign": "zero"}}
 
 
-
 @dataclass(frozen=True)
 class Trimming:
     """How the small entries of a task vector are found."""
@@ -126,9 +125,7 @@ def merge(
     """Yield for each weight what the trimmed task vectors agree on; given signs are used instead of electing."""
     if elect == "none" and signs is None and combine == "disjoint_max":
         raise MethodError("combine=disjoint_max needs an election. Choose elect=mass, or combine=magnitude.")
-    how = Trimming(
-        _kernels.per_task(density, len(task_vectors.tasks)), threshold, scope == "tensor", round_up, compat
-    )
+    how = Trimming(_kernels.per_task(density, len(task_vectors.tasks)), threshold, scope == "tensor", round_up, compat)
     for part in [task_vectors.only([name]) for name in task_vectors] if how.by_tensor else [task_vectors]:
         trimmed = TRIM[trim](part, how)
         sign_of = elected(trimmed, elect, zero_sign, signs)

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_models as tiny
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -21,6 +20,7 @@ from mergectl.heads import open_live
 from mergectl.live import LiveModel, label_order
 from mergectl.models import auto_class
 from mergectl.naming import live_tensors
+from tests import tiny_models as tiny
 
 SECOND = replace(tiny.SHADE, name="second", labels=("a", "b", "c"))
 TEXT_FAMILIES = [family for family in tiny.FAMILIES if family != "vit"]

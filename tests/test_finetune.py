@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_models as tiny
 import torch
 from safetensors.torch import load_file
 
@@ -20,6 +19,7 @@ from mergectl.evaluate import evaluate
 from mergectl.finetune import FinetuneConfig, finetune
 from mergectl.heads import open_live
 from mergectl.models import auto_class
+from tests import tiny_models as tiny
 
 TEXT_FAMILIES = [family for family in tiny.FAMILIES if family != "vit"]
 
@@ -128,13 +128,19 @@ def test_the_same_seed_gives_the_same_weights(vit: Path, tmp_path: Path) -> None
     assert not same_weights(tmp_path / "one", tmp_path / "other")
 
 
-@pytest.mark.parametrize("eval_every", [None, 4])
-@pytest.mark.parametrize(("family", "peft"), [("vit", "none"), ("bert", "none"), ("bert", "lora"), ("gpt2", "ia3")])
-def test_an_interrupted_training_ends_as_if_it_had_not_been(
-    family: str, peft: str, eval_every: int | None, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(
+    ("family", "facts"),
+    [
+        ("vit", {}),
+        ("vit", {"eval_every": 4}),
+        ("bert", {"eval_every": 4, "by_length": True}),
+        ("bert", {"peft": "lora", "dropout": 0.1}),
+        ("gpt2", {"peft": "ia3", "eval_every": 4}),
+    ],
+)
+def test_an_interrupted_training_ends_as_if_it_had_not_been(family: str, facts: dict[str, Any], tmp_path: Path) -> None:
     base, task = tiny.base(tmp_path / "base", family), tiny.task_for(family)
-    settings = config(base, peft=peft, eval_every=eval_every, dropout=0.1)
+    settings = config(base, **facts)
     straight = train(settings, tmp_path / "straight", task)
     for step in (3, 11):
         with pytest.raises(KeyboardInterrupt):
@@ -238,6 +244,22 @@ def test_accumulated_parts_weigh_as_much_as_one_batch(vit: Path, tmp_path: Path)
     # The loss does not depend on a key's bias, so that Adam steps by the sign of rounding errors there.
     for name, weight in ((n, w) for n, w in one.items() if "key.bias" not in n):
         torch.testing.assert_close(parts[name], weight, atol=2e-4, rtol=1e-3)
+
+
+def test_batches_by_length_hold_every_row_once_in_an_order_of_their_own_each_epoch() -> None:
+    from mergectl.training import ByLength
+
+    lengths = [chance % 37 for chance in range(0, 7001, 7)]
+    sampler = ByLength(lengths, 8, seed=1)
+    first = list(sampler)
+    sampler.set_epoch(1)
+    second = list(sampler)
+    spread = [
+        max(lengths[i] for i in first[k : k + 8]) - min(lengths[i] for i in first[k : k + 8]) for k in range(0, 800, 8)
+    ]
+    assert sorted(first) == sorted(second) == list(range(len(lengths)))
+    assert first != second
+    assert max(spread) <= 3
 
 
 def test_limits_cut_the_rows(vit: Path, tmp_path: Path) -> None:

@@ -24,6 +24,8 @@ LAYERS = (
     ("verbs", "report"),
     ("search", "finetune", "evaluate"),
     ("merge", "samplers", "training", "lowrank"),
+    ("writing",),
+    ("family",),
     ("heads", "merging", "space"),
     ("bench",),
     ("live", "plan", "inputs"),

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_models as tiny
 import torch
 from PIL import Image
 
@@ -17,6 +16,7 @@ from mergectl.errors import UserError
 from mergectl.models import build, model_config, open_source, pick_device, preparer_for
 from mergectl.naming import live_names, live_tensors
 from mergectl.preprocess import ImagePreparer, TextPreparer
+from tests import tiny_models as tiny
 
 TEXT_FAMILIES = [family for family in tiny.FAMILIES if family != "vit"]
 

@@ -43,7 +43,9 @@ def family(weights: Weights, count: int) -> tuple[Weights, dict[str, Weights]]:
 def assert_golden(got: Any, expected: Weights, atol: float, rtol: float = 0.0) -> None:
     assert expected
     for name, x in expected.items():
-        torch.testing.assert_close(got[name].float(), x.float(), atol=atol, rtol=rtol, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            got[name].float(), x.float(), atol=atol, rtol=rtol, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def cases(folder: str) -> list[Any]:

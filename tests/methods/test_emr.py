@@ -14,9 +14,9 @@ def deltas(base: dict[str, torch.Tensor], experts: dict[str, dict[str, torch.Ten
     return {name: torch.stack([expert[name] - base[name] for expert in experts.values()]) for name in base}
 
 
-def scaled(base: dict[str, torch.Tensor], experts: dict[str, dict[str, torch.Tensor]], factor: float) -> (
-    dict[str, dict[str, torch.Tensor]]
-):
+def scaled(
+    base: dict[str, torch.Tensor], experts: dict[str, dict[str, torch.Tensor]], factor: float
+) -> dict[str, dict[str, torch.Tensor]]:
     return {task: {n: base[n] + factor * (x - base[n]) for n, x in expert.items()} for task, expert in experts.items()}
 
 
@@ -88,7 +88,10 @@ def test_negating_all_vectors_negates_the_unified_one() -> None:
 
 
 def test_a_mean_of_zero_keeps_the_negative_entries() -> None:
-    base, experts = {"m.w": torch.zeros(2)}, {"a": {"m.w": torch.tensor([1.0, 2])}, "b": {"m.w": torch.tensor([-1.0, 2])}}
+    base, experts = (
+        {"m.w": torch.zeros(2)},
+        {"a": {"m.w": torch.tensor([1.0, 2])}, "b": {"m.w": torch.tensor([-1.0, 2])}},
+    )
     kept = merge_weights("emr", base, experts).kept
     assert kept["unified"]["m.w"].tolist() == [-1, 2]
     assert [kept["masks"][task]["m.w"].tolist() for task in experts] == [[False, True], [True, True]]
@@ -128,7 +131,8 @@ def test_interpolation_lies_on_the_line_and_is_symmetric() -> None:
     got = merge_weights("interpolate", base, experts, alpha=0.3)
     assert_close(got, {name: 0.7 * base[name] + 0.3 * expert[name] for name in base})
     assert_same(
-        merge_weights("interpolate", base, experts, alpha=0.5), merge_weights("interpolate", expert, {"b": base}, alpha=0.5)
+        merge_weights("interpolate", base, experts, alpha=0.5),
+        merge_weights("interpolate", expert, {"b": base}, alpha=0.5),
     )
 
 

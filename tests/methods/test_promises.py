@@ -71,9 +71,10 @@ def test_task_order_does_not_matter(method: str) -> None:
 @each_method
 def test_inputs_are_unchanged(method: str) -> None:
     base, experts = family(expert_count(method))
-    copies = {name: x.clone() for name, x in base.items()}, {
-        task: {name: x.clone() for name, x in weights.items()} for task, weights in experts.items()
-    }
+    copies = (
+        {name: x.clone() for name, x in base.items()},
+        {task: {name: x.clone() for name, x in weights.items()} for task, weights in experts.items()},
+    )
     result = merge_weights(method, base, experts)
     for x in [*result.values(), *result.task("task0").values()]:
         x.add_(1)  # nor does the result share memory with them
@@ -131,8 +132,10 @@ def test_the_merged_vector_is_linear_where_the_file_says_so(method: str) -> None
 def test_streaming_gives_what_one_shot_gives(method: str) -> None:
     base, experts = family(expert_count(method))
     pieces = list(merge_stream(Recipe(method), base, experts))
-    assert_same({piece.name: piece.weight for piece in sorted(pieces, key=lambda p: list(base).index(p.name))},
-                merge_weights(method, base, experts))
+    assert_same(
+        {piece.name: piece.weight for piece in sorted(pieces, key=lambda p: list(base).index(p.name))},
+        merge_weights(method, base, experts),
+    )
 
 
 @each_method
@@ -227,7 +230,7 @@ def test_unknown_settings_supplies_and_wrong_values_are_refused(method: str) -> 
     base, experts = family(expert_count(method))
     with pytest.raises(UserError, match="No setting 'nonsense'"):
         merge_weights(method, base, experts, nonsense=1)
-    with pytest.raises(UserError, match="no supply 'mask'. Did you mean 'masks'?"):
+    with pytest.raises(UserError, match=r"no supply 'mask'\. Did you mean 'masks'\?"):
         merge_weights(method, base, experts, supplies={"mask": {}})
     with pytest.raises(UserError, match="does not take the supply 'grams'"):
         merge_weights(method, base, experts, supplies={"grams": {}})

@@ -115,7 +115,7 @@ def test_given_signs_replace_the_election() -> None:
 
 def test_wrong_signs_are_refused_by_name() -> None:
     base, experts = vectors([1.0, 2.0])
-    with pytest.raises(UserError, match="No signs for weight 'm.w'"):
+    with pytest.raises(UserError, match=r"No signs for weight 'm\.w'"):
         merge_weights("ties", base, experts, supplies={"signs": {}})
     with pytest.raises(UserError, match=r"signs of 'm.w' have shape \[3\], the weight \[2\]"):
         merge_weights("ties", base, experts, supplies={"signs": {"m.w": torch.ones(3)}})
@@ -177,15 +177,15 @@ def test_medusa_is_ties_of_each_tensor_without_trimming() -> None:
 def test_the_whole_model_is_never_joined() -> None:
     from mergectl.merging import Recipe, merge_stream
 
-    class Lazy(dict[str, torch.Tensor]):
-        reads: list[str] = []
+    reads: list[str] = []
 
+    class Lazy(dict[str, torch.Tensor]):
         def __getitem__(self, name: str) -> torch.Tensor:
-            self.reads.append(name)
+            reads.append(name)
             return super().__getitem__(name)
 
     base, experts = family(2)
     stream = iter(merge_stream(Recipe("task_arithmetic"), Lazy(base), {t: Lazy(w) for t, w in experts.items()}))
-    Lazy.reads.clear()
+    reads.clear()
     first = next(stream)
-    assert set(Lazy.reads) == {first.name}
+    assert set(reads) == {first.name}

@@ -105,6 +105,11 @@ def test_dying_at_any_step_of_an_ingest_costs_only_another_turn(
     assert finished_in(fresh) == names
 
 
+def test_the_end_of_a_run_brings_it_into_the_database(untouched: Store) -> None:
+    name = a_run(untouched, x=1)
+    assert [path.name for path in untouched.places.archive.iterdir()] == [f"{name}.json"]
+
+
 def test_an_end_replaces_its_beginning_and_never_the_other_way(store: Store) -> None:
     run = store.start("merge", config={})
     beginning = (store.places.inbox / f"{run.id}.started.json").read_bytes()
@@ -119,6 +124,7 @@ def test_an_end_replaces_its_beginning_and_never_the_other_way(store: Store) -> 
 
 def test_a_different_run_with_a_known_id_is_kept_under_another(store: Store, tmp_path: Path) -> None:
     name = a_run(store, x=1)
+    store.ingest()
     other = open_store(tmp_path / "elsewhere" / "mergectl.duckdb")
     assert a_run(other, x=1) == name
     document = json.loads(next(other.places.archive.glob("*.json")).read_bytes())

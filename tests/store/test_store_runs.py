@@ -115,17 +115,26 @@ def test_the_first_id_of_a_run_is_the_same_in_every_lab(tmp_path: Path) -> None:
 
 def test_processes_starting_the_same_run_at_once_get_different_attempts(store: Store, launch: Launch) -> None:
     code = """
-import sys
+import pathlib, sys, time
 from mergectl.store import open_store
+from mergectl.store.ids import reserve
 store = open_store(sys.argv[1])
-for _ in range(15):
-    with store.start("merge", config={"x": 1}) as run:
-        print(run.attempt)
+print("ready", flush=True)
+while not pathlib.Path(sys.argv[2]).exists():
+    time.sleep(0.001)
+for _ in range(100):
+    print(reserve(store.places, ("merge", "x"))[1])
+store.start("merge", config={"x": 1}).finish()
 """
-    told = [process.communicate()[0].split() for process in [launch(code) for _ in range(3)]]
-    attempts = sorted(int(word) for words in told for word in words)
-    rows = store.query("SELECT attempt FROM runs WHERE status = 'finished' ORDER BY attempt").rows
-    assert (attempts, [row[0] for row in rows]) == (list(range(1, 46)), list(range(1, 46)))
+    go = store.folder / "go"
+    processes = [launch(code, go) for _ in range(3)]
+    for process in processes:
+        assert process.stdout
+        process.stdout.readline()
+    go.touch()
+    attempts = sorted(int(word) for process in processes for word in process.communicate()[0].split())
+    assert attempts == list(range(1, 301))
+    assert store.query("SELECT attempt FROM runs ORDER BY attempt").rows == [(1,), (2,), (3,)]
 
 
 def test_ids_stay_unique_when_the_list_of_ids_is_lost(store: Store) -> None:

@@ -1,0 +1,239 @@
+"""Bad input: one clear sentence on stderr, exit code 2, nothing written."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import population as tiny
+from tests.conftest import Cli
+
+Capture = pytest.CaptureFixture[str]
+
+
+def refused(cli: Cli, capsys: Capture, *words: object) -> str:
+    """Run a command that must fail with exit code 2, one short text and nothing written; return the text."""
+    before = {path for path in Path().rglob("*") if "lab" not in path.parts}
+    code = cli(*words)
+    err = capsys.readouterr().err
+    after = {path for path in Path().rglob("*") if "lab" not in path.parts}
+    assert (code, after - before) == (2, set()), err
+    assert "Traceback" not in err
+    return err
+
+
+def merge_words(population: Path, *experts: object) -> list[object]:
+    return ["merge", "task_arithmetic", "--base", population / "base", "--experts", *experts, "-o", "out"]
+
+
+def test_an_unknown_command(cli: Cli, capsys: Capture) -> None:
+    assert "Did you mean 'merge'?" in refused(cli, capsys, "merg")
+
+
+def test_an_unknown_method(cli: Cli, capsys: Capture, population: Path) -> None:
+    err = refused(cli, capsys, "merge", "tiess", "--experts", population / "parity", "-o", "out")
+    assert err == "Error: No method 'tiess'. Did you mean 'ties'?\n"
+
+
+def test_an_unknown_setting(cli: Cli, capsys: Capture, population: Path) -> None:
+    err = refused(cli, capsys, "merge", "ties", "--densty", "1", "--experts", population / "parity", "-o", "out")
+    assert "--densty" in err and "--density" in err
+
+
+def test_an_unknown_task(cli: Cli, capsys: Capture, population: Path) -> None:
+    err = refused(cli, capsys, "eval", population / "parity", "--on", "digits/paritty")
+    assert err.splitlines()[-1] == "Error: No task 'paritty' in suite 'digits'. Did you mean 'parity'?"
+
+
+def test_an_unknown_suite(cli: Cli, capsys: Capture, population: Path) -> None:
+    assert "Did you mean 'glue'?" in refused(cli, capsys, "eval", population / "parity", "--on", "gleu/rte")
+
+
+def test_a_value_out_of_range(cli: Cli, capsys: Capture, population: Path) -> None:
+    err = refused(cli, capsys, "merge", "ties", "--density", "20", "--experts", population / "parity", "-o", "out")
+    assert "density must lie between 0.0 and 1.0" in err and "20" in err
+
+
+def test_a_value_of_the_wrong_type(cli: Cli, capsys: Capture, population: Path) -> None:
+    err = refused(cli, capsys, "merge", "ties", "--density", "much", "--experts", population / "parity", "-o", "out")
+    assert "density" in err and "much" in err
+
+
+def test_a_missing_folder(cli: Cli, capsys: Capture, population: Path) -> None:
+    assert "There is no folder './nowhere'" in refused(cli, capsys, *merge_words(population, "./nowhere"))
+
+
+def test_a_name_that_is_neither_folder_nor_on_the_hub(cli: Cli, capsys: Capture, population: Path) -> None:
+    assert "There is no folder 'models/nowhere'" in refused(cli, capsys, *merge_words(population, "models/nowhere"))
+
+
+def test_a_shape_that_differs_names_the_tensor_and_both_shapes(
+    cli: Cli, capsys: Capture, population: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    name = next(n for n in tiny.weights(population / "parity") if n.endswith("weight") and "intermediate" in n or "fc1" in n)
+
+    def shrink(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {n: w[:8].contiguous() if n == name else w for n, w in weights.items()}
+
+    odd = tiny.change(population / "parity", tmp_path_factory.mktemp("odd") / "parity", shrink)
+    err = refused(cli, capsys, *merge_words(population, odd, population / "loop"))
+    assert name.removeprefix("vit.") in err and "[32, 16]" in err and "[8, 16]" in err
+
+
+def test_an_expert_of_another_architecture(
+    cli: Cli, capsys: Capture, population: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    def rename(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {f"other.{i}.weight": w for i, w in enumerate(weights.values())}
+
+    odd = tiny.change(population / "parity", tmp_path_factory.mktemp("odd") / "parity", rename)
+    assert "no fine-tuned copy" in refused(cli, capsys, *merge_words(population, odd))
+
+
+def test_a_truncated_file(
+    cli: Cli, capsys: Capture, population: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    odd = tiny.change(population / "parity", tmp_path_factory.mktemp("odd") / "parity", lambda w: w)
+    path = odd / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    assert "is not a whole safetensors file" in refused(cli, capsys, *merge_words(population, odd))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_no_number_names_model_and_tensor(
+    cli: Cli, capsys: Capture, population: Path, tmp_path_factory: pytest.TempPathFactory, value: float
+) -> None:
+    def spoil(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        weights["vit.embeddings.cls_token"][0, 0, 3] = value
+        return weights
+
+    odd = tiny.change(population / "parity", tmp_path_factory.mktemp("odd") / "parity", spoil)
+    err = refused(cli, capsys, *merge_words(population, odd, population / "loop"))
+    assert "embeddings.cls_token" in err and "parity" in err
+
+
+def test_an_expert_equal_to_the_base_is_a_warning(
+    cli: Cli, capsys: Capture, population: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    base = tiny.weights(population / "base")
+
+    def undo(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {n: base.get(n.removeprefix("vit."), w) for n, w in weights.items()}
+
+    same = tiny.change(population / "parity", tmp_path_factory.mktemp("same") / "parity", undo)
+    assert cli("merge", "emr", "--base", population / "base", "--experts", same, population / "loop", "-o", "out") == 0
+    assert "'parity' equals the base" in capsys.readouterr().err
+    assert all(weight.isfinite().all() for weight in tiny.weights(Path("out")).values())
+
+
+def test_a_single_expert_where_two_are_needed(cli: Cli, capsys: Capture, population: Path) -> None:
+    err = refused(cli, capsys, "merge", "slerp", "--experts", population / "parity", "-o", "out")
+    assert "slerp" in err and "exactly 2" in err
+
+
+def test_a_single_expert_is_fine_where_it_makes_sense(cli: Cli, population: Path) -> None:
+    assert cli("merge", "ties", "--base", population / "base", "--experts", population / "parity", "-o", "out") == 0
+
+
+def test_an_output_folder_that_exists(cli: Cli, capsys: Capture, population: Path) -> None:
+    Path("out").mkdir()
+    assert "--force" in refused(cli, capsys, *merge_words(population, population / "parity"))
+
+
+def test_force_does_not_replace_what_is_no_model(cli: Cli, capsys: Capture, population: Path) -> None:
+    Path("out").mkdir()
+    Path("out/thesis.txt").write_text("years of work")
+    assert "not a model folder" in refused(cli, capsys, *merge_words(population, population / "parity"), "--force")
+
+
+RECIPES = {
+    "method: ties\nexperts: [a]\ndensity: 3\n": "line 3: unknown key 'density'",
+    "method: ties\nexpert: [a]\n": "line 2: unknown key 'expert'. Did you mean 'experts'?",
+    "method: ties\nexperts: [a\n": "recipe.yaml, line",
+    "experts: [a]\n": "the key 'method' is missing",
+    "method: ties\nexperts: 3\n": "line 2, key 'experts",
+    "- a\n": "line 1",
+}
+
+
+@pytest.mark.parametrize("text", RECIPES, ids=lambda text: text.splitlines()[-1])
+def test_an_unreadable_recipe_names_line_and_key(cli: Cli, capsys: Capture, text: str) -> None:
+    Path("recipe.yaml").write_text(text)
+    assert RECIPES[text] in refused(cli, capsys, "merge", "-c", "recipe.yaml", "-o", "out")
+
+
+def test_a_wrong_setting_in_a_recipe(cli: Cli, capsys: Capture, population: Path) -> None:
+    recipe = {"method": "ties", "experts": [str(population / "parity")], "settings": {"densty": 0.1}}
+    Path("recipe.yaml").write_text(json.dumps(recipe))
+    assert "Did you mean 'density'?" in refused(cli, capsys, "merge", "-c", "recipe.yaml", "-o", "out")
+
+
+def test_a_data_file_without_the_expected_column(cli: Cli, capsys: Capture, population: Path) -> None:
+    Path("rows.csv").write_text("text,answer\nfine,yes\nbad,no\n")
+    task = {"data": "rows.csv", "inputs": ["sentence"], "label": "answer", "labels": ["no", "yes"]}
+    Path("tasks.yaml").write_text(json.dumps({"tasks": {"mood": task}}))
+    err = refused(cli, capsys, "eval", population / "parity", "--on", "files/mood", "--tasks", "tasks.yaml")
+    assert "sentence" in err and "text" in err and "rows.csv" in err
+
+
+def test_a_model_without_a_head_for_the_task(cli: Cli, capsys: Capture, population: Path) -> None:
+    err = refused(cli, capsys, "eval", population / "parity", "--on", "digits/loop")
+    assert "no head for digits/loop" in err and "digits/parity" in err
+
+
+def test_a_search_may_not_look_at_report(cli: Cli, capsys: Capture, population: Path) -> None:
+    words = ["--base", population / "base", "--experts", population / "parity", "-o", "out", "--split", "report"]
+    assert "may not look at 'report'" in refused(cli, capsys, "search", "ties", *words)
+
+
+@pytest.mark.parametrize("sql", ["drop table runs", "insert into runs values (1)", "attach 'x.db'", "select * from nothing"])
+def test_sql_that_is_no_question(cli: Cli, capsys: Capture, population: Path, sql: str) -> None:
+    cli("merge", "average", "--experts", population / "parity", population / "loop", "-o", "m")
+    capsys.readouterr()
+    assert refused(cli, capsys, "report", "--sql", sql).startswith("Error: ")
+
+
+def test_pickled_code_is_never_run(
+    cli: Cli, capsys: Capture, population: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    odd = tiny.change(population / "parity", tmp_path_factory.mktemp("odd") / "parity", lambda w: w)
+    (odd / "model.safetensors").unlink()
+    mark = odd / "ran"
+
+    class Trap:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.mkdir, (str(mark),)
+
+    torch.save({"w": Trap()}, odd / "pytorch_model.bin")
+    err = refused(cli, capsys, *merge_words(population, odd))
+    assert "never run" in err and not mark.exists()
+
+
+def test_a_failed_run_keeps_its_row_with_the_error(cli: Cli, capsys: Capture, population: Path) -> None:
+    refused(cli, capsys, "eval", population / "parity", "--on", "digits/loop")
+    cli("--json", "report", "--sql", "select status, error from runs where kind = 'eval'")
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["status"] == "failed" and "no head for digits/loop" in row["error"]
+
+
+def test_ctrl_c_exits_130_and_marks_the_run_cancelled(cli: Cli, capsys: Capture, population: Path, tmp_path: Path) -> None:
+    words = ["finetune", "digits/parity", "--base", str(population / "base"), "--epochs", "500", "-o", "runs"]
+    process = subprocess.Popen([sys.executable, "-m", "mergectl", *words], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(Path("runs").glob(".parity.training/**/checkpoint-*")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err and not Path("runs/parity").exists()
+    cli("--json", "report", "--sql", "select status from runs")
+    assert json.loads(capsys.readouterr().out) == [{"status": "cancelled"}]
