@@ -1,4 +1,4 @@
-"""Open a PEFT adapter (LoRA, DoRA, IA3) as the full model it stands for, folding it in weight by weight as it is read."""
+"""Open a PEFT adapter (LoRA, DoRA, IA3) as the full model it stands for, folded in weight by weight on reading."""
 
 from __future__ import annotations
 

@@ -23,20 +23,20 @@ SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
 class Verb(TyperCommand):
     """A command whose help is drawn by Rich."""
 
-    def format_help(self, ctx: typer.Context, formatter: Any) -> None:  # type: ignore[override]
+    def format_help(self, ctx: Any, formatter: Any) -> None:
         """Draw the help."""
         self.rich_markup_mode = "rich"
-        super().format_help(ctx, formatter)  # type: ignore[arg-type]
+        super().format_help(ctx, formatter)
 
 
 class Verbs(TyperGroup):
     """The verbs, in the order of the work; a misspelt one is refused with the nearest."""
 
-    def list_commands(self, ctx: typer.Context) -> list[str]:
+    def list_commands(self, ctx: Any) -> list[str]:
         """In the order of the work."""
         return sorted(self.commands, key=("finetune", "merge", "eval", "search", "report", "run").index)
 
-    def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Find the verb, or say which was meant."""
         if args and not args[0].startswith("-") and args[0] not in self.commands:
             raise UserError(f"No command '{args[0]}'.{did_you_mean(args[0], self.commands)}")
@@ -46,16 +46,16 @@ class Verbs(TyperGroup):
 class Methods(TyperGroup):
     """One command per merging method, made from its file when it is asked for."""
 
-    def format_help(self, ctx: typer.Context, formatter: Any) -> None:  # type: ignore[override]
+    def format_help(self, ctx: Any, formatter: Any) -> None:
         """Draw the help with Rich: the methods' sentences want whole lines."""
         self.rich_markup_mode = "rich"
-        super().format_help(ctx, formatter)  # type: ignore[arg-type]
+        super().format_help(ctx, formatter)
 
-    def list_commands(self, ctx: typer.Context) -> list[str]:
+    def list_commands(self, ctx: Any) -> list[str]:
         """All methods and presets that merge."""
         return commands.mergers()
 
-    def get_command(self, ctx: typer.Context, cmd_name: str) -> Any:
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Build a method's command from its settings."""
         cmd_name = commands.known_merger(cmd_name)
         made = typer.Typer(add_completion=False, context_settings=SETTINGS, rich_markup_mode=None)

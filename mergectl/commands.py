@@ -127,7 +127,7 @@ def merge(
     **values: Any,
 ) -> None:
     """Merge experts by a method."""
-    from mergectl.family import named
+    from mergectl.families import named
     from mergectl.settings import settings_of
 
     settings = given_settings(values, settings_of(method))
@@ -151,7 +151,7 @@ def _merge(
 def merge_recipe(lab: Lab, path: Path, out: Path | None, force: bool) -> None:
     """Merge as a recipe file says."""
     from mergectl.config import MergeFile, read_file
-    from mergectl.family import named
+    from mergectl.families import named
     from mergectl.options import with_seed
 
     recipe = read_file(path, MergeFile)
@@ -180,7 +180,7 @@ def evaluate(
     ] = False,
 ) -> None:
     """Score a model per task; a merged model wears each task's own head."""
-    from mergectl.family import named
+    from mergectl.families import named
     from mergectl.scoring import score
 
     score(
@@ -221,7 +221,7 @@ def search(
     force: Force = False,
 ) -> None:
     """Search a method's settings."""
-    from mergectl.family import named
+    from mergectl.families import named
     from mergectl.merge import MergeJob, recipe_of
     from mergectl.scoring import search_and_show
     from mergectl.settings import parse, settings_of

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from mergectl.checkpoints import Checkpoint, open_checkpoint
 from mergectl.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
-    from mergectl.checkpoints import Checkpoint
 
 HEADED = ("Classification", "QuestionAnswering", "MultipleChoice")
 
@@ -128,3 +129,60 @@ def short_names(ids: Sequence[str], complain: Callable[[str], Exception] = UserE
         if count > 1:
             raise complain(f"Two experts are called '{short}'. Name them: --experts first={short} second=...")
     return shorts
+
+
+@dataclass(frozen=True)
+class Family:
+    """The opened checkpoints of one merge, lined up."""
+
+    base: Checkpoint
+    experts: dict[str, Checkpoint]  # short task name -> expert
+    task_ids: dict[str, str]  # short task name -> `suite/task` where known
+    population: Population
+    has_base: bool = True
+    inputs: tuple[dict[str, Any], ...] = field(default=())
+
+
+def named(items: Sequence[str] | Mapping[str, str]) -> tuple[tuple[str | None, str], ...]:
+    """Experts as (task or None, model): from a list of `model` or `task=model`, or a mapping."""
+    if isinstance(items, Mapping):
+        return tuple(items.items())
+    return tuple(_split(item) for item in items)
+
+
+def _split(item: str) -> tuple[str | None, str]:
+    task, equals, ref = item.partition("=")
+    if not equals or Path(item).is_dir():
+        return None, item
+    return task, ref
+
+
+def open_family(
+    base_ref: str | None,
+    experts: Sequence[tuple[str | None, str]],
+    find_run: Callable[[str], Path | None] | None = None,
+) -> Family:
+    """Open a base and its experts and line them up; headers are read, weights are not."""
+    if not experts:
+        raise UserError("Name the models to merge: --experts MODEL MODEL ...")
+    opened = [(task, open_checkpoint(ref, find_run)) for task, ref in experts]
+    ids = [task or expert.task or expert.label for task, expert in opened]
+    shorts = short_names(ids)
+    by_task = {short: expert for short, (_, expert) in zip(shorts, opened, strict=True)}
+    base_ref = base_ref or opened[0][1].meta.get("base")
+    base = open_checkpoint(base_ref, find_run) if base_ref else opened[0][1]
+    population = line_up(base, by_task)
+    known = {short: expert.task or task for short, task, (_, expert) in zip(shorts, ids, opened, strict=True)}
+    return Family(
+        base, by_task, known, population, base_ref is not None, _inputs(base if base_ref else None, by_task, known)
+    )
+
+
+def _inputs(
+    base: Checkpoint | None, experts: Mapping[str, Checkpoint], ids: Mapping[str, str]
+) -> tuple[dict[str, Any], ...]:
+    rows = [] if base is None else [{"role": "base", "task": None, "ref": str(base.ref), "digest": base.digest}]
+    return (
+        *rows,
+        *({"role": "expert", "task": ids[t], "ref": str(e.ref), "digest": e.digest} for t, e in experts.items()),
+    )

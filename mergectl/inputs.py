@@ -53,52 +53,59 @@ class Inputs:
         self.shapes = {name: shape_of(self.first, name) for name in self.floating}
         self.unchanged = set(self.tasks)
         self._seen: set[str] = set()
+        self._last: tuple[str, torch.Tensor | None] = ("", None)  # the base's weight read last
         for task, expert in experts.items():
             check_names(self.first, expert, task, self.floating)
 
     def base_weight(self, name: str) -> torch.Tensor:
         """Read one weight of the base."""
-        assert self.base is not None
-        self._check(name)
-        return _wide(self.base[name])
+        if name not in self._seen:
+            self._read(name)
+        if self._last[0] != name:
+            assert self.base is not None
+            self._last = (name, _wide(self.base[name]))
+        assert self._last[1] is not None
+        return self._last[1]
 
     def weights(self, name: str) -> torch.Tensor:
         """Read one weight of all experts: [task, *shape]."""
         import torch
 
-        self._check(name)
-        return torch.stack([_wide(expert[name]) for expert in self.experts.values()])
+        return torch.stack(self._read(name))
 
     def deltas(self, name: str) -> torch.Tensor:
         """Read one weight of all task vectors in float32: [task, *shape]."""
         import torch
 
-        base = self.base_weight(name)
-        result = torch.empty((len(self.tasks), *base.shape), dtype=torch.float32)
-        for row, expert in zip(result, self.experts.values(), strict=True):
-            row.copy_(_wide(expert[name]) - base)
+        rows, base = self._read(name), self.base_weight(name)
+        result = torch.empty((len(rows), *base.shape), dtype=torch.float32)
+        for delta, row in zip(result, rows, strict=True):
+            delta.copy_(row - base)
         return result
 
-    def _check(self, name: str) -> None:
-        """Refuse NaN and infinity by name, and note which experts differ from the base; once per weight."""
+    def _read(self, name: str) -> list[torch.Tensor]:
+        """Read one weight of all experts; the first time, refuse what is not finite and note who is unchanged."""
         import torch
 
+        rows = [_wide(expert[name]) for expert in self.experts.values()]
         if name in self._seen:
-            return
-        models = {f"the expert '{task}'": expert for task, expert in self.experts.items()}
-        for who, weights in {**models, **({} if self.base is None else {"the base": self.base})}.items():
-            if not _is_finite(weights[name]):
+            return rows
+        base = None if self.base is None else _wide(self.base[name])
+        self._last = (name, base)
+        models = dict(zip((f"the expert '{task}'" for task in self.tasks), rows, strict=True))
+        for who, x in {**models, **({} if base is None else {"the base": base})}.items():
+            if not _is_finite(x):
                 raise UserError(f"Weight '{name}' of {who} holds NaN or infinite numbers; such a model is not merged.")
-        if self.base is not None:
-            base = _wide(self.base[name])
-            same = {task for task in self.unchanged if torch.equal(_wide(self.experts[task][name]), base)}
-            self.unchanged = same
+        if base is not None and base.numel():
+            same = {task for task, row in zip(self.tasks, rows, strict=True) if torch.equal(row, base)}
+            self.unchanged &= same
         self._seen.add(name)
+        return rows
 
 
 def _is_finite(x: torch.Tensor) -> bool:
     """Say whether there is no NaN and no infinity: both reach the smallest or the largest entry."""
-    return x.numel() == 0 or all(math.isfinite(float(end)) for end in _wide(x).aminmax())
+    return x.numel() == 0 or all(math.isfinite(float(end)) for end in x.aminmax())
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:

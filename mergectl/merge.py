@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mergectl import artefacts
 from mergectl.checkpoints import Checkpoint
 from mergectl.errors import UserError
-from mergectl.family import Family
+from mergectl.families import Family
 from mergectl.terminal import Progress
 
 if TYPE_CHECKING:

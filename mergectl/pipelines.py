@@ -12,7 +12,7 @@ import yaml
 
 from mergectl.config import PipelineFile, read_file
 from mergectl.errors import UserError, did_you_mean
-from mergectl.family import named
+from mergectl.families import named
 from mergectl.lab import Lab
 from mergectl.terminal import print_table
 
@@ -173,9 +173,14 @@ def _search(lab: Lab, folder: Path, what: dict[str, Any]) -> bool:
     from mergectl.tuning import SearchJob, search_settings
 
     job = SearchJob(
-        _job(lab, folder, {**what, "settings": what.get("fix", {})}), tuple(what.get("on", [])), what.get("sampler", "random"),
-        what.get("trials", 20), what.get("range", {}), tuple(what.get("per_task", [])), what.get("limit"),
-    )  # fmt: skip
+        merge=_job(lab, folder, {**what, "settings": what.get("fix", {})}),
+        words=tuple(what.get("on", [])),
+        sampler=what.get("sampler", "random"),
+        trials=what.get("trials", 20),
+        ranges=what.get("range", {}),
+        per_task=tuple(what.get("per_task", [])),
+        limit=what.get("limit"),
+    )
     return bool(search_settings(lab, job, folder / what["out"], reuse=True)["again"])
 
 

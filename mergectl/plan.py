@@ -30,11 +30,6 @@ class Recipe:
     refine: tuple[tuple[str, Mapping[str, Any]], ...] = ()
     seed: int = 0
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the recipe as plain data."""
-        steps = [[name, dict(given)] for name, given in self.refine]
-        return {"method": self.method, "settings": dict(self.settings), "refine": steps, "seed": self.seed}
-
 
 @dataclass(frozen=True)
 class Step:

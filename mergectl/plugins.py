@@ -7,6 +7,7 @@ that help texts do not wait for them. A broken file is reported by `problems` an
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import os
@@ -74,15 +75,27 @@ def where(kind: str, name: str) -> str:
 
 
 def _found(kind: str) -> Iterator[Plugin]:
-    own = Path(__file__).parent / kind
-    for path in _files(own if own.is_dir() else own.parent.parent / kind):
+    for path in _own(kind):
         yield Plugin(kind, path.stem, f"{kind}/{path.name}")
-    for entry in sorted(entry_points(group=f"mergectl.{kind}"), key=lambda entry: (entry.name, entry.value)):
+    for entry in _entries(f"mergectl.{kind}", tuple(sys.path)):
         made_by = f"{entry.dist.name} {entry.dist.version}" if entry.dist else "an installed distribution"
         yield Plugin(kind, entry.name, f"{made_by} ({entry.value})", entry=entry)
     for folder in _folders():
         for path in _files(folder / kind):
             yield Plugin(kind, path.stem, str(path), path=path)
+
+
+@functools.cache
+def _own(kind: str) -> list[Path]:
+    """List our own files; they do not change while the program runs."""
+    folder = Path(__file__).parent / kind
+    return _files(folder if folder.is_dir() else folder.parent.parent / kind)
+
+
+@functools.cache
+def _entries(group: str, path: tuple[str, ...]) -> list[EntryPoint]:
+    """List what installed distributions offer; the search of the whole path is made once."""
+    return sorted(entry_points(group=group), key=lambda entry: (entry.name, entry.value))
 
 
 def _folders() -> Iterator[Path]:

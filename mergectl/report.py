@@ -59,32 +59,49 @@ def leaderboard(lab: Lab, split: str, suite: str | None, form: str) -> None:
 
 
 def print_leaderboard(table: Table, split: str) -> None:
-    """The leaderboard for people: scores in percent, base and experts set apart from merges."""
-    hidden = ("run_id", "digest", "suite", "model_digest")
-    keep = [i for i, column in enumerate(table.columns) if column not in hidden]
-    columns = [table.columns[i] for i in keep]
-    kinds = [row[table.columns.index("kind")] for row in table.rows] if "kind" in table.columns else []
-    rows = [[_shown(table.columns[i], row[i]) for i in keep] for row in table.rows]
-    marks = [{"base": "dim", "expert": "cyan"}.get(kind, "") for kind in kinds]
-    words = sum(1 for row in rows[:1] for value in row if isinstance(value, str) and not _is_number(value))
-    print_table(f"Scores on '{split}', in percent", columns, rows, left=max(words, 1), marks=marks)
+    """The leaderboard for people: per base the base itself, the experts, and the merges, best first; in percent."""
+    rows = table.records()
+    tasks = table.columns[table.columns.index("settings") + 1 : table.columns.index("average")]
+    suites = {task.split("/")[0] for task in tasks}
+    heads = [task.split("/")[1] if len(suites) == 1 else task for task in tasks]
+    columns = ("model", "settings", *heads, "mean", "of expert", "base to expert", "run")
+    for base in dict.fromkeys(row["base"] for row in rows):
+        own = [row for row in rows if row["base"] == base]
+        lines = [
+            (_who(row), _how(row), *(_percent(row[task]) for task in tasks), _percent(row["average"]),
+             _percent(row["relative"]), _percent(row["normalised"]), (row["run_id"] or "")[:8])
+            for row in own
+        ]  # fmt: skip
+        marks = [{"base": "dim", "experts": "cyan", "expert": "dim cyan"}.get(row["kind"], "bold") for row in own]
+        over = f", merges of {base}" if base else ""
+        suite = f" of {suites.pop()}" if len(suites) == 1 else ""
+        print_table(f"Scores{suite} on '{split}' in percent{over}", columns, lines, left=2, marks=marks)
 
 
-def _shown(column: str, value: Any) -> Any:
-    return f"{100 * value:.1f}" if isinstance(value, float) else value
+def _who(row: dict[str, Any]) -> str:
+    """What stands in the first column: the method for merges, else what kind of model it is."""
+    if row["kind"] == "merged":
+        return str(row["method"] or row["model"])
+    return {"base": "base", "experts": "experts"}.get(row["kind"], f"{row['kind']} {row['model']}")
 
 
-def _is_number(text: str) -> bool:
-    return text.replace(".", "", 1).replace("-", "", 1).isdigit()
+def _how(row: dict[str, Any]) -> str:
+    """Refinements and settings in short; for the experts' row what it means."""
+    if row["kind"] == "experts":
+        return "each on its own task"
+    return ", ".join(part for part in (row["refine"], row["settings"]) if part)
+
+
+def _percent(value: float | None) -> str | None:
+    return None if value is None else f"{100 * value:.1f}"
 
 
 def one_run(lab: Lab, prefix: str, form: str) -> None:
     """Print everything that the store knows of one run."""
     run = lab.store.find(prefix)
     if run is None:
-        raise UserError(
-            f"No run '{prefix}' in {lab.store_path}. See all: mergectl report --sql 'select run_id, kind, name from runs'"
-        )
+        question = "select run_id, kind, name from runs"
+        raise UserError(f"No run '{prefix}' in {lab.store_path}. See all: mergectl report --sql '{question}'")
     if form == "json":
         print(json.dumps(run, indent=2, default=str, ensure_ascii=False))
         return
@@ -98,7 +115,8 @@ def one_run(lab: Lab, prefix: str, form: str) -> None:
     facts += [(row["kind"], row["path"]) for row in run["artifacts"]]
     print_table("", ("what", "value"), facts, left=2)
     metrics = lab.store.query(
-        "SELECT task, split, name, step, value FROM metrics WHERE run_id = ? ORDER BY step NULLS FIRST, task, split, name",
+        "SELECT task, split, name, step, value FROM metrics WHERE run_id = ? "
+        "ORDER BY step NULLS FIRST, task, split, name",
         [run["run_id"]],
     )
     show(metrics, form, left=3)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergectl.checkpoints import open_checkpoint
-from mergectl.family import open_family
+from mergectl.families import open_family
 from mergectl.lab import Lab
 from mergectl.terminal import print_table
 from mergectl.verbs import evaluate_model, evaluate_references
@@ -40,7 +40,10 @@ def _score_references(lab: Lab, model: str, words: Sequence[str], **how: Any) ->
 def show_run(lab: Lab, run_id: str) -> None:
     """Print the scores of an evaluation run from the store, with what they mean beside expert and base."""
     table = lab.store.query(
-        "SELECT task, score, relative_to_expert, normalised, examples, seconds FROM leaderboard WHERE eval_run = ? ORDER BY task",
+        "SELECT l.task, l.score, l.relative_to_expert, l.normalised, e.value AS examples, s.value AS seconds "
+        "FROM leaderboard l JOIN metrics e ON e.run_id = l.eval_run AND e.task = l.task AND e.name = 'examples' "
+        "JOIN metrics s ON s.run_id = l.eval_run AND s.task = l.task AND s.name = 'seconds' "
+        "WHERE l.eval_run = ? ORDER BY l.task",
         [run_id],
     )
     rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
@@ -50,7 +53,7 @@ def show_run(lab: Lab, run_id: str) -> None:
 
 
 def _print(rows: Sequence[dict[str, Any]], mean: float, run_id: str) -> None:
-    shown = [
+    shown: list[tuple[Any, ...]] = [
         (
             r["task"],
             _percent(r["score"]),
@@ -83,8 +86,8 @@ def search_and_show(lab: Lab, job: SearchJob, out: Path, *, force: bool) -> None
     result = search_settings(lab, job, out, force=force)
     best, found = result["best"], result["report"]
     document = {
-        "run": result["run"], "study": result["study"], "out": result["out"], "settings": best.settings, "trial": best.number,
-        job.split: best.score, "report": found.mean, "tasks": found.scores,
+        "run": result["run"], "study": result["study"], "out": result["out"], "settings": best.settings,
+        "trial": best.number, job.split: best.score, "report": found.mean, "tasks": found.scores,
     }  # fmt: skip
 
     def show() -> None:

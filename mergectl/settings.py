@@ -5,6 +5,7 @@ Torch is not loaded here, so that help is instant.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -138,7 +139,11 @@ def _presets(file: str) -> Mapping[str, Mapping[str, Any]]:
 
 
 def _describe_file(name: str) -> MethodInfo:
-    module = plugins.load("methods", name)
+    return _describe_module(name, plugins.load("methods", name))
+
+
+@functools.cache
+def _describe_module(name: str, module: ModuleType) -> MethodInfo:
     function = _function(module, name)
     parameters = inspect.signature(function).parameters.values()
     try:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from mergectl import __version__
 from mergectl.errors import UserError, WorkError
-from mergectl.family import Family, open_family
+from mergectl.families import Family, open_family
 from mergectl.lab import Lab
 from mergectl.merge import MergeJob
 from mergectl.search import Plan, Trial, Verdict, check_sampler, open_study, search
 from mergectl.space import Dimension, space
-from mergectl.verbs import Result, evaluate_model, merge_models, record_inputs
+from mergectl.verbs import Result, evaluate_model, merge_models, model_path, record_inputs
 
 if TYPE_CHECKING:
     from mergectl.benchmarks._contract import Task
@@ -52,12 +52,8 @@ def search_settings(lab: Lab, job: SearchJob, out: Path, *, force: bool = False,
     tasks = lab.tasks(job.words or [family.task_ids[task] for task in family.experts])
     plan = Plan(tuple(dimensions), fixed, job.sampler, job.trials, lab.seed)
     config = _config(lab, job, family, plan, tasks)
-    if reuse and (run := lab.done("search", config)):
-        return {
-            "run": run["run_id"],
-            "out": next(a["path"] for a in run["artifacts"] if a["kind"] == "model"),
-            "again": True,
-        }
+    if reuse and (done := lab.done("search", config)):
+        return {"run": done["run_id"], "out": model_path(done), "again": True}
     artefacts.check_free(out, force or reuse)
     study_name = job.study or _study_name(config)
     with lab.start("search", config, study=study_name, name=out.name) as run:
@@ -70,6 +66,8 @@ def search_settings(lab: Lab, job: SearchJob, out: Path, *, force: bool = False,
         run.metric("best_score", best.score, split=job.split)
         run.metric("report_score", scored["evaluation"].mean, split="report")
         run.note("best_trial", best.number)
+        run.note("given", best.settings)
+        run.note("settings", best.settings)
     return {
         "run": run.id,
         "out": str(out),
@@ -148,10 +146,8 @@ class Judge:
         self.job, self.population = job, family.population
         heads = {family.task_ids[task]: expert for task, expert in family.experts.items()}
         self.live = open_live(family.base, tasks, heads=heads, device=lab.torch_device())
-        self.benches = [
-            make_bench(t, self.live.preparer, split=job.split, data=lab.data, limit=job.limit, batch_size=job.batch_size, seed=lab.seed)  # type: ignore[arg-type]
-            for t in tasks
-        ]  # fmt: skip
+        how: dict[str, Any] = {"split": job.split, "data": lab.data, "limit": job.limit, "batch_size": job.batch_size}
+        self.benches = [make_bench(task, self.live.preparer, seed=lab.seed, **how) for task in tasks]
         self.task_of = {family.task_ids[task]: task for task in family.experts}
         # Everything is read once; a trial then works in memory alone.
         self.base = (

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 from mergectl import __version__
 from mergectl.checkpoints import Checkpoint, open_checkpoint
 from mergectl.errors import UserError
-from mergectl.family import Family, open_family
+from mergectl.families import Family, open_family
 from mergectl.lab import Lab, versions
 from mergectl.merge import MergeJob, checked, described
 
 if TYPE_CHECKING:
-    from mergectl.benchmarks._contract import Task
+    from mergectl.benchmarks._contract import Task, Use
     from mergectl.evaluate import Evaluation
     from mergectl.store import Run
 
@@ -30,11 +30,12 @@ def merge_models(lab: Lab, job: MergeJob, out: Path, *, force: bool = False, reu
     family = open_family(job.base, job.experts, lab.find_run)
     recipe = checked(job.recipe, list(family.experts))
     config = merge_config(job, family, recipe)
-    if reuse and (run := lab.done("merge", config, recipe.seed)):
-        return {"run": run["run_id"], "out": _model_path(run), "again": True}
+    if reuse and (done := lab.done("merge", config, recipe.seed)):
+        return {"run": done["run_id"], "out": model_path(done), "again": True}
     artefacts.check_free(out, force or reuse)
     with lab.start("merge", config, seed=recipe.seed, name=out.name) as run:
         record_inputs(run, family)
+        run.note("given", dict(job.recipe.settings))
         with lab.terminal.progress(f"Merging {len(family.experts)} experts by {recipe.method}") as progress:
             facts = {"run": run.id, "versions": versions()}
             job = replace(job, recipe=recipe)
@@ -61,8 +62,9 @@ def record_model(run: Run, folder: Path, digest: str) -> None:
     run.artifact("model", str(folder.absolute()), digest, size)
 
 
-def _model_path(run: Mapping[str, Any]) -> str:
-    return next(a["path"] for a in run["artifacts"] if a["kind"] == "model")
+def model_path(run: Mapping[str, Any]) -> str:
+    """The folder of the model that a run made."""
+    return next(str(a["path"]) for a in run["artifacts"] if a["kind"] == "model")
 
 
 def evaluate_model(
@@ -71,7 +73,7 @@ def evaluate_model(
     words: Sequence[str] = (),
     *,
     heads: Sequence[tuple[str | None, str]] = (),
-    split: str = "report",
+    split: Use = "report",
     limit: int | None = None,
     batch_size: int = 64,
     dtype: str = "float32",
@@ -85,8 +87,8 @@ def evaluate_model(
     by_task = _borrowed(lab, heads)
     tasks = lab.tasks(words or list(by_task) or own_tasks_of(model))
     config = _eval_config(lab, model, tasks, by_task, split, limit, dtype)
-    if reuse and (run := lab.done("eval", config)):
-        return {"run": run["run_id"], "again": True}
+    if reuse and (done := lab.done("eval", config)):
+        return {"run": done["run_id"], "again": True}
     with lab.start("eval", config, name=f"{model.label}@{split}") as run:
         run.input("model", model.ref, model.digest)
         for task, expert in by_task.items():
@@ -96,7 +98,7 @@ def evaluate_model(
                 model, tasks, split=split, data=lab.data, batch_size=batch_size, limit=limit,
                 device=lab.torch_device(), dtype=dtype, heads=by_task, progress=progress, seed=lab.seed,
             )  # fmt: skip
-        record_scores(run, found, split)
+        record_scores(run, found, split if limit is None else f"{split}:{limit}")
     return {"run": run.id, "model": model.ref, "split": split, "evaluation": found, "again": False}
 
 
@@ -189,8 +191,8 @@ def _finetune(
     start = source.weights.digest if source.weights is not None else source.config
     data = None if lab.data is None else str(lab.data.absolute())
     config = {**asdict(settings), "base": start, "task_version": task.version, "data": data, "version": __version__}
-    if reuse and (run := lab.done("finetune", config)):
-        return {"run": run["run_id"], "task": task.id, "out": _model_path(run), "again": True}
+    if reuse and (done := lab.done("finetune", config)):
+        return {"run": done["run_id"], "task": task.id, "out": model_path(done), "again": True}
     artefacts.check_free(out, force or reuse)
     with lab.start("finetune", config, name=out.name) as run:
         run.input("base", source.ref, source.weights.digest if source.weights is not None else None)

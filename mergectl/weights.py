@@ -115,7 +115,7 @@ def _open_safetensors(path: Path) -> tuple[_Header, Callable[[str], torch.Tensor
     from safetensors import SafetensorError, safe_open
 
     try:
-        file = safe_open(path, framework="pt")
+        file: Any = safe_open(path, framework="pt")  # the library is untyped
         names = list(file.keys())
         slices = {name: file.get_slice(name) for name in names}
         header = {name: (tuple(s.get_shape()), str(s.get_dtype())) for name, s in slices.items()}

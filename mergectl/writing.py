@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mergectl import artefacts
 from mergectl.artefacts import SafetensorsWriter
 from mergectl.bits import pack_bits, packed_size
-from mergectl.families import headed_prefix
-from mergectl.family import Family
+from mergectl.families import Family, headed_prefix
 from mergectl.terminal import Progress
 
 if TYPE_CHECKING:
@@ -135,6 +134,7 @@ def write_one_task(task: str, family: Family, stream: Stream, folder: Path, dtyp
 def write_records(
     recipe: Mapping[str, Any], export: str | None, family: Family, folder: Path, facts: Mapping[str, Any]
 ) -> None:
+    """The machine's record and the people's card."""
     record = {
         "kind": "merged" if export is None else "expert",
         "recipe": recipe,

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
@@ -37,7 +37,10 @@ NEUTRAL: dict[str, str] = {}
 EXTRA_BITS = 1  # the mask; besides, one more vector and one number per task
 
 # How much one weight counts: every tensor alike (as in all published figures), or every element alike (as printed).
-RESCALERS = {"tensor_mean": lambda elements: 1 / elements, "global_sum": lambda elements: 1.0}
+RESCALERS: dict[str, Callable[[int], float]] = {
+    "tensor_mean": lambda elements: 1 / elements,
+    "global_sum": lambda elements: 1.0,
+}
 
 
 def merge(
@@ -50,8 +53,8 @@ def merge(
     for name, x in task_vectors.items():
         unified, masks = elect(x)
         share = RESCALERS[rescaler](max(unified.numel(), 1))
-        for task, (row, mask) in enumerate(zip(x, masks, strict=True)):
-            sizes[task].append((share * size(row), share * size(mask * unified)))
+        for number, (row, mask) in enumerate(zip(x, masks, strict=True)):
+            sizes[number].append((share * size(row), share * size(mask * unified)))
         yield name, unified, masks
     pairs = [(math.fsum(own for own, _ in parts), math.fsum(left for _, left in parts)) for parts in sizes]
     for task, (own, left) in zip(task_vectors.tasks, pairs, strict=True):

@@ -32,6 +32,6 @@ def merge(
     """Yield for each weight the point at share alpha of the line from base to expert, exact at both ends."""
     for name, x in experts.items():
         if alpha in (0.0, 1.0):
-            yield name, x[0] if alpha else base[name]
+            yield name, x[0] if alpha else base[name].clone()
         else:
             yield name, (base[name].double() * (1 - alpha) + x[0].double() * alpha).to(x.dtype)

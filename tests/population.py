@@ -31,7 +31,9 @@ def make(folder: Path, tasks: tuple[str, ...] = ("parity", "loop", "digit")) -> 
         base.save_pretrained(folder / "base")
         for task in tasks:
             names = dict(enumerate(LABELS[task]))
-            config = ViTConfig(**facts, num_labels=len(names), id2label=names, label2id={n: i for i, n in names.items()})
+            config = ViTConfig(
+                **facts, num_labels=len(names), id2label=names, label2id={n: i for i, n in names.items()}
+            )
             expert = AutoModelForImageClassification.from_config(config)
             expert.vit.load_state_dict(base.state_dict())
             for weight in expert.vit.parameters():
@@ -52,4 +54,5 @@ def change(source: Path, target: Path, edit: Callable[[dict[str, torch.Tensor]],
 
 def weights(folder: Path) -> dict[str, Any]:
     """All weights of a model folder."""
-    return load_file(folder / "model.safetensors")
+    found: dict[str, Any] = load_file(folder / "model.safetensors")
+    return found

@@ -79,7 +79,9 @@ def test_a_name_that_is_neither_folder_nor_on_the_hub(cli: Cli, capsys: Capture,
 def test_a_shape_that_differs_names_the_tensor_and_both_shapes(
     cli: Cli, capsys: Capture, population: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    name = next(n for n in tiny.weights(population / "parity") if n.endswith("weight") and "intermediate" in n or "fc1" in n)
+    name = next(
+        n for n in tiny.weights(population / "parity") if n.endswith("weight") and "intermediate" in n or "fc1" in n
+    )
 
     def shrink(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {n: w[:8].contiguous() if n == name else w for n, w in weights.items()}
@@ -195,7 +197,9 @@ def test_a_search_may_not_look_at_report(cli: Cli, capsys: Capture, population: 
     assert "may not look at 'report'" in refused(cli, capsys, "search", "ties", *words)
 
 
-@pytest.mark.parametrize("sql", ["drop table runs", "insert into runs values (1)", "attach 'x.db'", "select * from nothing"])
+@pytest.mark.parametrize(
+    "sql", ["drop table runs", "insert into runs values (1)", "attach 'x.db'", "select * from nothing"]
+)
 def test_sql_that_is_no_question(cli: Cli, capsys: Capture, population: Path, sql: str) -> None:
     cli("merge", "average", "--experts", population / "parity", population / "loop", "-o", "m")
     capsys.readouterr()
@@ -225,7 +229,9 @@ def test_a_failed_run_keeps_its_row_with_the_error(cli: Cli, capsys: Capture, po
     assert row["status"] == "failed" and "no head for digits/loop" in row["error"]
 
 
-def test_ctrl_c_exits_130_and_marks_the_run_cancelled(cli: Cli, capsys: Capture, population: Path, tmp_path: Path) -> None:
+def test_ctrl_c_exits_130_and_marks_the_run_cancelled(
+    cli: Cli, capsys: Capture, population: Path, tmp_path: Path
+) -> None:
     words = ["finetune", "digits/parity", "--base", str(population / "base"), "--epochs", "500", "-o", "runs"]
     process = subprocess.Popen([sys.executable, "-m", "mergectl", *words], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60

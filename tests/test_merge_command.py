@@ -18,7 +18,21 @@ from tests.conftest import Cli
 
 def test_task_arithmetic_on_disk_is_base_plus_scaled_sum(cli: Cli, population: Path) -> None:
     experts = [population / "parity", population / "loop"]
-    assert cli("merge", "task_arithmetic", "--base", population / "base", "--experts", *experts, "-o", "m", "--scale", "0.3") == 0
+    assert (
+        cli(
+            "merge",
+            "task_arithmetic",
+            "--base",
+            population / "base",
+            "--experts",
+            *experts,
+            "-o",
+            "m",
+            "--scale",
+            "0.3",
+        )
+        == 0
+    )
     base, merged = tiny.weights(population / "base"), tiny.weights(Path("m"))
     for name, start in base.items():
         deltas = [tiny.weights(path)[f"vit.{name}"] - start for path in experts]
@@ -26,7 +40,20 @@ def test_task_arithmetic_on_disk_is_base_plus_scaled_sum(cli: Cli, population: P
 
 
 def test_every_weight_of_the_base_is_in_the_result_with_its_shape(cli: Cli, population: Path) -> None:
-    assert cli("merge", "ties", "--base", population / "base", "--experts", population / "parity", population / "loop", "-o", "m") == 0
+    assert (
+        cli(
+            "merge",
+            "ties",
+            "--base",
+            population / "base",
+            "--experts",
+            population / "parity",
+            population / "loop",
+            "-o",
+            "m",
+        )
+        == 0
+    )
     base, merged = tiny.weights(population / "base"), tiny.weights(Path("m"))
     assert {n: w.shape for n, w in merged.items()} == {n: w.shape for n, w in base.items()}
 
@@ -70,7 +97,20 @@ def test_the_exported_weights_are_those_of_the_python_api(cli: Cli, population: 
 
 
 def test_heads_labels_and_masks_stand_beside_the_shared_model(cli: Cli, population: Path) -> None:
-    assert cli("merge", "emr", "--base", population / "base", "--experts", population / "parity", population / "digit", "-o", "m") == 0
+    assert (
+        cli(
+            "merge",
+            "emr",
+            "--base",
+            population / "base",
+            "--experts",
+            population / "parity",
+            population / "digit",
+            "-o",
+            "m",
+        )
+        == 0
+    )
     record = json.loads(Path("m/tasks/digit/task.json").read_text())
     head = load_file("m/tasks/digit/head.safetensors")
     masks = load_file("m/tasks/digit/masks.safetensors")
@@ -81,10 +121,26 @@ def test_heads_labels_and_masks_stand_beside_the_shared_model(cli: Cli, populati
 
 
 def test_the_record_names_inputs_by_digest_and_the_recipe_in_full(cli: Cli, population: Path) -> None:
-    assert cli("merge", "ties", "--base", population / "base", "--experts", population / "parity", "-o", "m", "--density", "0.3") == 0
+    assert (
+        cli(
+            "merge",
+            "ties",
+            "--base",
+            population / "base",
+            "--experts",
+            population / "parity",
+            "-o",
+            "m",
+            "--density",
+            "0.3",
+        )
+        == 0
+    )
     record = json.loads(Path("m/mergectl.json").read_text())
     digest = open_checkpoint(population / "parity").digest
-    assert {"role": "expert", "task": "digits/parity", "ref": str(population / "parity"), "digest": digest} in record["inputs"]
+    assert {"role": "expert", "task": "digits/parity", "ref": str(population / "parity"), "digest": digest} in record[
+        "inputs"
+    ]
     assert record["recipe"]["settings"]["density"] == [0.3] or record["recipe"]["settings"]["density"] == 0.3
     assert record["recipe"]["settings"]["elect"] == "mass"
 
@@ -140,7 +196,9 @@ def test_a_recipe_file_merges_as_the_options_do(cli: Cli, population: Path) -> N
     assert Path("from_file/model.safetensors").read_bytes() == Path("from_words/model.safetensors").read_bytes()
 
 
-def test_the_result_appears_in_the_store_with_its_parents(cli: Cli, population: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_result_appears_in_the_store_with_its_parents(
+    cli: Cli, population: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     cli("merge", "average", "--experts", population / "parity", population / "loop", "-o", "m")
     capsys.readouterr()
     assert cli("--json", "report", "--sql", "select role, task from inputs order by role, task") == 0

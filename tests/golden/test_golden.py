@@ -43,9 +43,7 @@ def family(weights: Weights, count: int) -> tuple[Weights, dict[str, Weights]]:
 def assert_golden(got: Any, expected: Weights, atol: float, rtol: float = 0.0) -> None:
     assert expected
     for name, x in expected.items():
-        torch.testing.assert_close(
-            got[name].float(), x.float(), atol=atol, rtol=rtol, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(got[name].float(), x.float(), atol=atol, rtol=rtol, msg=f"{name} differs")
 
 
 def cases(folder: str) -> list[Any]:
@@ -68,7 +66,7 @@ def translate(case: dict[str, Any], base: Weights, experts: dict[str, Weights], 
         return {"method": "ties", **ties_settings(given)}
     if kind == "ties-oracle-sign":
         names = sorted(base)
-        flat = data["aux.oracle_sign_vector"].split([base[name].numel() for name in names])
+        flat = torch.split(data["aux.oracle_sign_vector"], [base[name].numel() for name in names])
         signs = {name: signs.reshape(base[name].shape) for name, signs in zip(names, flat, strict=True)}
         return {"method": "ties", **ties_settings(given), "supplies": {"signs": signs}}
     if kind == "ties-per-tensor":

@@ -59,6 +59,4 @@ def assert_close(got: Mapping[str, torch.Tensor], expected: Mapping[str, torch.T
     """Compare to a tolerance."""
     assert set(got) == set(expected)
     for name, x in expected.items():
-        torch.testing.assert_close(
-            got[name].float(), x.float(), atol=atol, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(got[name].float(), x.float(), atol=atol, rtol=1e-5, msg=f"{name} differs")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import assert_close, assert_same, family
 
 from mergectl import merge_weights
 from mergectl.errors import UserError
+from tests.methods.families import assert_close, assert_same, family
 
 
 def deltas(base: dict[str, torch.Tensor], experts: dict[str, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

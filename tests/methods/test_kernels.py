@@ -170,7 +170,7 @@ def test_the_mean_of_copies_is_the_copy(x: torch.Tensor) -> None:
 @given(stacks, st.floats(-1, 1), st.floats(0, 3))
 def test_outliers_are_those_further_than_the_distance(x: torch.Tensor, centre: float, distance: float) -> None:
     kept = kernels.keep_outliers(x, [centre] * len(x), [distance] * len(x))
-    assert torch.equal(kept != 0, ((x - centre).abs() > np.float32(distance)) & (x != 0))
+    assert torch.equal(kept != 0, ((x - centre).abs() > float(np.float32(distance))) & (x != 0))
 
 
 def test_a_tiny_mean_is_not_rounded_to_nothing() -> None:

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from families import SHAPES, assert_close, assert_same, expert_count, family, neutral_settings
 
 from mergectl import merge_weights, plugins, settings
 from mergectl.errors import UserError
 from mergectl.merging import Merged, MergeWarning, Recipe, merge_stream
+from tests.methods.families import SHAPES, assert_close, assert_same, expert_count, family, neutral_settings
 
 METHODS = settings.names()
 each_method = pytest.mark.parametrize("method", METHODS)
@@ -22,6 +22,11 @@ each_method = pytest.mark.parametrize("method", METHODS)
 def merged(method: str, tasks: int = 3, dtype: torch.dtype = torch.float32, **given: Any) -> Merged:
     base, experts = family(expert_count(method, tasks), dtype=dtype)
     return merge_weights(method, base, experts, **given)
+
+
+def _given(name: str, value: Any) -> dict[str, Any]:
+    """Return one setting as keyword arguments."""
+    return {name: value}
 
 
 def test_no_method_file_has_a_problem() -> None:
@@ -61,7 +66,7 @@ def test_the_example_worked_by_hand_holds(name: str) -> None:
 def test_task_order_does_not_matter(method: str) -> None:
     base, experts = family(expert_count(method))
     turned = dict(reversed(experts.items()))
-    given = {"t": 0.5} if method == "slerp" else {}
+    given: dict[str, Any] = {"t": 0.5} if method == "slerp" else {}
     forward, backward = merge_weights(method, base, experts, **given), merge_weights(method, base, turned, **given)
     assert_close(backward, forward, atol=1e-7)
     for task in experts:
@@ -120,7 +125,7 @@ def test_the_merged_vector_is_linear_where_the_file_says_so(method: str) -> None
     for name in info.linear:
         values = [0.25, 0.5, 0.75]
         deltas = [
-            {key: x - base[key] for key, x in merge_weights(method, base, experts, **{name: value}).items()}
+            {key: x - base[key] for key, x in merge_weights(method, base, experts, **_given(name, value)).items()}
             for value in values
         ]
         middle = {key: (deltas[0][key] + deltas[2][key]) / 2 for key in base}
@@ -237,9 +242,9 @@ def test_unknown_settings_supplies_and_wrong_values_are_refused(method: str) -> 
     for setting in settings.settings_of(method).values():
         if setting.between is not None:
             with pytest.raises(UserError, match=f"{setting.name} must lie between"):
-                merge_weights(method, base, experts, **{setting.name: setting.between.high + 1000})
+                merge_weights(method, base, experts, **_given(setting.name, setting.between.high + 1000))
         with pytest.raises(UserError, match=f"{setting.name} must be"):
-            merge_weights(method, base, experts, **{setting.name: object()})
+            merge_weights(method, base, experts, **_given(setting.name, object()))
 
 
 @each_method
@@ -247,7 +252,7 @@ def test_every_word_of_every_setting_works(method: str) -> None:
     base, experts = family(expert_count(method))
     for setting in settings.settings_of(method).values():
         for word in setting.words or ((True, False) if setting.type == "bool" else ()):
-            result = merge_weights(method, base, experts, **{setting.name: word})
+            result = merge_weights(method, base, experts, **_given(setting.name, word))
             assert all(bool(x.isfinite().all()) for x in result.values())
 
 
@@ -258,9 +263,9 @@ def test_numpy_numbers_are_numbers(method: str) -> None:
     base, experts = family(expert_count(method))
     for setting in settings.settings_of(method).values():
         if setting.between is not None:
-            expected = merge_weights(method, base, experts, **{setting.name: 0.6})
+            expected = merge_weights(method, base, experts, **_given(setting.name, 0.6))
             for kind in (np.float64, np.float32, torch.tensor):
-                assert_same(merge_weights(method, base, experts, **{setting.name: kind(0.6)}), expected)
+                assert_same(merge_weights(method, base, experts, **_given(setting.name, kind(0.6))), expected)
 
 
 @each_method

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from families import assert_close, assert_same, family
 
 from mergectl import merge_weights
 from mergectl.errors import UserError
+from tests.methods.families import assert_close, assert_same, family
 
 ELECT, COMBINE = ["mass", "normfrac", "normmass", "none"], ["disjoint_mean", "disjoint_sum", "disjoint_max"]
 PLAIN = ["mean", "sum", "median", "magnitude"]
