@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 CARRIED = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
-    "vocab.json", "merges.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "preprocessor_config.json",
+    "vocab.json", "merges.txt",
+    "spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "preprocessor_config.json",
     "processor_config.json", "generation_config.json", "chat_template.jinja",
 )  # fmt: skip
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}

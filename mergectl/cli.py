@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 import warnings
@@ -132,6 +133,7 @@ app.command("run", cls=Verb, short_help="Run a pipeline of verbs.")(command(comm
 def main(args: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code: 0 done, 1 failed, 2 bad input, 130 interrupted."""
     words = list(sys.argv[1:] if args is None else args)
+    _plugins_of(words)
     try:
         with warnings.catch_warnings():
             _our_warnings_only("--debug" in words)
@@ -145,6 +147,14 @@ def main(args: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         return _explain(error)
     return 0
+
+
+def _plugins_of(words: Sequence[str]) -> None:
+    """A lab's own methods count from the moment methods are listed, before --store is parsed."""
+    for index, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name == "--store" and (equals or index + 1 < len(words)):
+            os.environ["MERGECTL_STORE"] = value if equals else words[index + 1]
 
 
 def _our_warnings_only(everything: bool) -> None:

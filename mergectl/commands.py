@@ -138,7 +138,8 @@ def _merge(
     lab: Lab, method: str, settings: Mapping[str, Any], experts: Any, base: str | None, refine: Any, dtype: str,
     export: str | None, out: Path, force: bool,
 ) -> None:  # fmt: skip
-    from mergectl.merge import DTYPES, MergeJob, recipe_of
+    from mergectl.merge import DTYPES, MergeJob
+    from mergectl.plan import recipe_of
     from mergectl.verbs import merge_models
 
     if dtype not in ("auto", *DTYPES):
@@ -222,7 +223,8 @@ def search(
 ) -> None:
     """Search a method's settings."""
     from mergectl.families import named
-    from mergectl.merge import MergeJob, recipe_of
+    from mergectl.merge import MergeJob
+    from mergectl.plan import recipe_of
     from mergectl.scoring import search_and_show
     from mergectl.settings import parse, settings_of
     from mergectl.tuning import SearchJob

@@ -33,6 +33,7 @@ class Lab:
     data: Path | None = None
     own_tasks: Path | None = None  # a recipe that declares the user's own tasks
     device: str = "auto"
+    threads: int = 0  # 0: as many as there are free cores
     seed: int = 0
     terminal: Terminal = field(default_factory=Terminal)
     command: tuple[str, ...] = ()
@@ -92,9 +93,11 @@ class Lab:
         raise UserError(f"Run {run['run_id']} ({run['kind']}, {run['status']}) has no model.")
 
     def torch_device(self) -> str:
-        """The device to compute on; `auto` takes CUDA, then Apple's MPS, then the processor."""
+        """Set torch's threads and return the device to compute on; `auto` is CUDA, then MPS, then the processor."""
         import torch
 
+        if self.threads or "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(self.threads or free_cores())
         if self.device != "auto":
             if self.device.startswith("cuda") and not torch.cuda.is_available():
                 raise UserError(f"--device {self.device}: this machine has no usable CUDA device. Try --device cpu.")
@@ -102,6 +105,13 @@ class Lab:
         if torch.cuda.is_available():
             return "cuda"
         return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def free_cores() -> int:
+    """Cores that nobody uses just now, at least one: threads that wait for each other on a busy core crawl."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    return max(1, cores - round(busy))
 
 
 def versions() -> dict[str, str]:

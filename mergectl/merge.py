@@ -20,14 +20,6 @@ WIDTH = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 
 
-def recipe_of(method: str, settings: Mapping[str, Any], refine: Sequence[Any], seed: int) -> Recipe:
-    """A recipe from words: refinements are `dare:drop=0.9`, or {name: settings} as recipe files write them."""
-    from mergectl.plan import Recipe, parse_refine
-
-    parts = [part if isinstance(part, str) else next(iter(part.items())) for part in refine]
-    return Recipe(method.replace("-", "_"), dict(settings), parse_refine(parts), seed)
-
-
 def described(recipe: Recipe) -> dict[str, Any]:
     """A recipe as the store and `mergectl.json` keep it."""
     refine = [{"name": name, "settings": dict(settings)} for name, settings in recipe.refine]

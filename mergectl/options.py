@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 ALWAYS = "Always there"
 SPREAD = ("--experts", "--on", "--heads")  # `--experts A B C` means `--experts A --experts B --experts C`
 GLOBAL_FLAGS = ("--json", "--quiet", "-q", "--debug")
-GLOBAL_VALUES = ("--store", "--data", "--tasks", "--seed", "--device")
+GLOBAL_VALUES = ("--store", "--data", "--tasks", "--seed", "--device", "--threads")
 
 Store = Annotated[
     Path,
@@ -46,6 +46,9 @@ Tasks = Annotated[
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of every random draw.", rich_help_panel=ALWAYS)]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.", rich_help_panel=ALWAYS)]
+Threads = Annotated[
+    int, typer.Option("--threads", min=0, help="Processor threads; 0: one per free core.", rich_help_panel=ALWAYS)
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.", rich_help_panel=ALWAYS)]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.", rich_help_panel=ALWAYS)]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=ALWAYS)]
@@ -56,6 +59,7 @@ COMMON: dict[str, tuple[Any, Any]] = {
     "own_tasks": (Tasks, None),
     "seed": (Seed, 0),
     "device": (Device, "auto"),
+    "threads": (Threads, 0),
     "as_json": (Json, False),
     "quiet": (Quiet, False),
     "debug": (Debug, False),
@@ -91,6 +95,7 @@ def _lab(common: Mapping[str, Any]) -> Lab:
         data=common["data"],
         own_tasks=common["own_tasks"],
         device=common["device"],
+        threads=common["threads"],
         seed=common["seed"],
         terminal=Terminal(quiet=common["quiet"], as_json=common["as_json"]),
         command=("mergectl", *sys.argv[1:]),

@@ -70,8 +70,8 @@ def run(lab: Lab, name: str, changes: Mapping[str, str], *, dry_run: bool = Fals
         rows = [(n, _verb(step), _line(step[_verb(step)])) for n, step in enumerate(pipeline.steps, 1)]
         print_table(pipeline.title, ("step", "verb", "what"), rows, left=3)
         return
-    if "seed" in pipeline.settings:
-        lab = replace(lab, seed=int(pipeline.settings["seed"]))
+    settings = pipeline.settings
+    lab = replace(lab, seed=int(settings.get("seed", lab.seed)), threads=int(settings.get("threads", lab.threads)))
     lab.terminal.say(pipeline.title)
     began = time.perf_counter()
     for number, step in enumerate(pipeline.steps, 1):
@@ -141,7 +141,8 @@ def _inside(folder: Path, ref: str) -> str:
 
 
 def _job(lab: Lab, folder: Path, what: Mapping[str, Any]) -> Any:
-    from mergectl.merge import MergeJob, recipe_of
+    from mergectl.merge import MergeJob
+    from mergectl.plan import recipe_of
 
     recipe = recipe_of(what["method"], what.get("settings", {}), what.get("refine", []), lab.seed)
     experts = tuple((task, _inside(folder, ref)) for task, ref in named(what["experts"]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -65,8 +66,12 @@ def print_leaderboard(table: Table, split: str) -> None:
     suites = {task.split("/")[0] for task in tasks}
     heads = [task.split("/")[1] if len(suites) == 1 else task for task in tasks]
     columns = ("model", "settings", *heads, "mean", "of expert", "base to expert", "run")
+    shown: set[str | None] = {None}
     for base in dict.fromkeys(row["base"] for row in rows):
         own = [row for row in rows if row["base"] == base]
+        if {row["run_id"] for row in own} <= shown:  # a base that was itself fine-tuned stands with its merges already
+            continue
+        shown |= {row["run_id"] for row in own}
         lines = [
             (_who(row), _how(row), *(_percent(row[task]) for task in tasks), _percent(row["average"]),
              _percent(row["relative"]), _percent(row["normalised"]), (row["run_id"] or "")[:8])
@@ -89,7 +94,9 @@ def _how(row: dict[str, Any]) -> str:
     """Refinements and settings in short; for the experts' row what it means."""
     if row["kind"] == "experts":
         return "each on its own task"
-    return ", ".join(part for part in (row["refine"], row["settings"]) if part)
+    text = ", ".join(part for part in (row["refine"], row["settings"]) if part)
+    text = re.sub(r"\d+\.\d{4,}", lambda match: f"{float(match[0]):.3g}", text)
+    return re.sub(r",\s*", ", ", re.sub(r'"', "", text).replace("{", "(").replace("}", ")"))
 
 
 def _percent(value: float | None) -> str | None:

@@ -52,7 +52,17 @@ def fixed(params: dict[str, Any]) -> Any:
     """A sampler that gives exactly these parameters."""
     import optuna
 
-    return optuna.samplers.PartialFixedSampler(params, optuna.samplers.RandomSampler(seed=0))
+    class Fixed(optuna.samplers.BaseSampler):  # type: ignore[misc]  # the library is untyped
+        def infer_relative_search_space(self, study: Any, trial: Any) -> dict[str, Any]:
+            return {}
+
+        def sample_relative(self, study: Any, trial: Any, search_space: Any) -> dict[str, Any]:
+            return {}
+
+        def sample_independent(self, study: Any, trial: Any, param_name: str, param_distribution: Any) -> Any:
+            return params[param_name]
+
+    return Fixed()
 
 
 def grid(study: optuna.Study, dimensions: Sequence[Dimension], seed: int, trials: int) -> Proposals:

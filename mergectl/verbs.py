@@ -33,6 +33,7 @@ def merge_models(lab: Lab, job: MergeJob, out: Path, *, force: bool = False, reu
     if reuse and (done := lab.done("merge", config, recipe.seed)):
         return {"run": done["run_id"], "out": model_path(done), "again": True}
     artefacts.check_free(out, force or reuse)
+    lab.torch_device()
     with lab.start("merge", config, seed=recipe.seed, name=out.name) as run:
         record_inputs(run, family)
         run.note("given", dict(job.recipe.settings))
