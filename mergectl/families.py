@@ -25,8 +25,16 @@ HEADED = ("Classification", "QuestionAnswering", "MultipleChoice")
 class Renamed(Mapping[str, "torch.Tensor"]):
     """A lazy view of a checkpoint under other names."""
 
-    def __init__(self, source: Mapping[str, torch.Tensor], names: Mapping[str, str]) -> None:
+    def __init__(self, source: Checkpoint, names: Mapping[str, str]) -> None:
         self.source, self.own_name = source, names
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a weight, without reading it."""
+        return self.source.shape(self.own_name[name])
+
+    def dtype(self, name: str) -> str:
+        """The type of a weight, without reading it."""
+        return self.source.dtype(self.own_name[name])
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.source[self.own_name[name]]

@@ -65,7 +65,7 @@ def print_leaderboard(table: Table, split: str) -> None:
     tasks = table.columns[table.columns.index("settings") + 1 : table.columns.index("average")]
     suites = {task.split("/")[0] for task in tasks}
     heads = [task.split("/")[1] if len(suites) == 1 else task for task in tasks]
-    columns = ("model", "settings", *heads, "mean", "of expert", "base to expert", "run")
+    columns = ("model", "method", *heads, "mean", "of expert", "base to expert", "run")
     shown: set[str | None] = {None}
     for base in dict.fromkeys(row["base"] for row in rows):
         own = [row for row in rows if row["base"] == base]
@@ -84,9 +84,9 @@ def print_leaderboard(table: Table, split: str) -> None:
 
 
 def _who(row: dict[str, Any]) -> str:
-    """What stands in the first column: the method for merges, else what kind of model it is."""
+    """What stands in the first column: a merge's own name, else what kind of model it is."""
     if row["kind"] == "merged":
-        return str(row["method"] or row["model"])
+        return str(row["model"])
     return {"base": "base", "experts": "experts"}.get(row["kind"], f"{row['kind']} {row['model']}")
 
 
@@ -94,7 +94,8 @@ def _how(row: dict[str, Any]) -> str:
     """Refinements and settings in short; for the experts' row what it means."""
     if row["kind"] == "experts":
         return "each on its own task"
-    text = ", ".join(part for part in (row["refine"], row["settings"]) if part)
+    parts = [row["method"], *(part for part in (row["refine"], row["settings"]) if part)]
+    text = ": ".join([str(parts[0]), ", ".join(parts[1:])]) if len(parts) > 1 else str(parts[0] or "")
     text = re.sub(r"\d+\.\d{4,}", lambda match: f"{float(match[0]):.3g}", text)
     return re.sub(r",\s*", ", ", re.sub(r'"', "", text).replace("{", "(").replace("}", ")"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mergectl.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
+    from mergectl.methods._contract import Between
     from mergectl.settings import Setting
 
 
@@ -36,7 +38,7 @@ class Dimension:
             return list(self.words)
         if self.kind == "int":
             return list(range(int(self.low), int(self.high) + 1, int(self.step or 1)))
-        count = round((self.high - self.low) / self.step) + 1 if self.step else max(count, 2)
+        count = _steps(self.low, self.high, self.step) + 1 if self.step else max(count, 2)
         gap = self.step or (self.high - self.low) / (count - 1)
         return [round(self.low + i * gap, 10) for i in range(count)]
 
@@ -53,9 +55,9 @@ def space(
     for name in [*ranges, *fixed, *per_task]:
         if name not in settings:
             raise UserError(f"No setting '{name}' to search or fix.{did_you_mean(name, settings)}")
-    both = sorted(set(ranges) & set(fixed))
-    if both:
-        raise UserError(f"'{both[0]}' is both fixed and given a range. Drop one.")
+    if both := sorted({*ranges, *per_task} & set(fixed)):
+        how = "given a range" if both[0] in ranges else "searched per task"
+        raise UserError(f"'{both[0]}' is both fixed and {how}. Drop one.")
     chosen = list(ranges) + [n for n, s in settings.items() if n not in ranges and n not in fixed and _searchable(s)]
     chosen += [name for name in per_task if name not in chosen]
     if not chosen:
@@ -85,7 +87,7 @@ def _words(setting: Setting, text: str | None) -> Dimension:
     for word in asked:
         if word not in known:
             raise UserError(f"{setting.name} is one of {', '.join(map(str, known))}, not '{word}'.")
-    return Dimension(setting.name, "word", words=tuple(asked))
+    return Dimension(setting.name, "word", words=tuple(dict.fromkeys(asked)))
 
 
 def _numbers(setting: Setting, text: str | None) -> Dimension:
@@ -95,16 +97,41 @@ def _numbers(setting: Setting, text: str | None) -> Dimension:
             raise UserError(f"Give '{setting.name}' a range: --range {setting.name}=LOW:HIGH.")
         low, high = limits.search or (limits.low, limits.high)
         return Dimension(setting.name, setting.type, low, high, start=_start(setting))
+    low, high, step = _read_range(setting, text)
+    if limits is not None and not _inside(limits, low, high):
+        borders = f"{limits.low:g} and {'below ' if limits.high_open else ''}{limits.high:g}"
+        raise UserError(
+            f"{setting.name} must lie between {'above ' if limits.low_open else ''}{borders}; --range asks for {text}."
+        )
+    if step is not None:  # the last point, where the steps do not end at HIGH
+        high = low + _steps(low, high, step) * step
+    return Dimension(setting.name, setting.type, low, high, step, start=_start(setting))
+
+
+def _read_range(setting: Setting, text: str) -> tuple[float, float, float | None]:
+    wrong = f"--range {setting.name}={text} is not LOW:HIGH or LOW:HIGH:STEP"
     try:
         numbers = [float(part) for part in text.split(":")]
     except ValueError as error:
-        raise UserError(f"--range {setting.name}={text} is not LOW:HIGH or LOW:HIGH:STEP.") from error
-    if len(numbers) not in (2, 3) or not numbers[0] < numbers[1] or (len(numbers) == 3 and numbers[2] <= 0):
-        raise UserError(f"--range {setting.name}={text} is not LOW:HIGH or LOW:HIGH:STEP with LOW below HIGH.")
-    if limits is not None and not (limits.low <= numbers[0] and numbers[1] <= limits.high):
-        raise UserError(f"{setting.name} must lie between {limits.low:g} and {limits.high:g}; --range asks for {text}.")
-    step = numbers[2] if len(numbers) == 3 else None
-    return Dimension(setting.name, setting.type, numbers[0], numbers[1], step, start=_start(setting))
+        raise UserError(f"{wrong}.") from error
+    if len(numbers) not in (2, 3) or not -math.inf < numbers[0] < numbers[1] < math.inf:
+        raise UserError(f"{wrong} with LOW below HIGH.")
+    if len(numbers) == 3 and not 0 < numbers[2] <= (numbers[1] - numbers[0]) * (1 + 1e-9):
+        raise UserError(f"{wrong} with a STEP above 0 and no wider than the range.")
+    if setting.type == "int" and not all(number.is_integer() for number in numbers):
+        raise UserError(f"--range {setting.name}={text}: {setting.name} takes whole numbers only.")
+    return numbers[0], numbers[1], numbers[2] if len(numbers) == 3 else None
+
+
+def _inside(limits: Between, low: float, high: float) -> bool:
+    above = low > limits.low if limits.low_open else low >= limits.low
+    below = high < limits.high if limits.high_open else high <= limits.high
+    return above and below
+
+
+def _steps(low: float, high: float, step: float) -> int:
+    """How many whole steps fit, rounding errors forgiven."""
+    return math.floor((high - low) / step + 1e-9)
 
 
 def _start(setting: Setting) -> float | None:

@@ -1,0 +1,174 @@
+"""The space of a search: what varies by default, what the options say, and how numbers become settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mergectl.errors import UserError
+from mergectl.methods._contract import Between
+from mergectl.settings import names, settings_of
+from mergectl.space import Dimension, distributions, space, to_settings
+from mergectl.values import Setting
+
+TASKS = ["cola", "rte"]
+
+
+def of(
+    method: str, per_task: Sequence[str] = (), fixed: Mapping[str, Any] | None = None, **ranges: str
+) -> list[Dimension]:
+    return space(settings_of(method), TASKS, ranges=ranges, fixed=fixed or {}, per_task=per_task)
+
+
+def refusal(method: str, per_task: Sequence[str] = (), fixed: Mapping[str, Any] | None = None, **ranges: str) -> str:
+    with pytest.raises(UserError) as caught:
+        of(method, per_task, fixed, **ranges)
+    return str(caught.value)
+
+
+def made(kind: Any = "float", between: Between | None = None, **facts: Any) -> Setting:
+    """A setting that no method has."""
+    plain = {"default": 1, "help": "help", "words": (), "per_task": False, "origin": "made"}
+    return Setting(name="x", type=kind, between=between, **{**plain, **facts})
+
+
+@pytest.mark.parametrize("method", names())
+def test_what_declares_a_range_to_search_is_searched_and_nothing_else(method: str) -> None:
+    searchable = {name: s.between.search for name, s in settings_of(method).items() if s.between and s.between.search}
+    if not searchable:
+        assert "--range NAME=LOW:HIGH" in refusal(method)
+        return
+    assert {d.setting: (d.low, d.high) for d in of(method)} == searchable
+
+
+def test_a_range_on_the_command_line_wins_over_the_declared_one() -> None:
+    (scale,) = of("task_arithmetic", scale="0.1:0.3")
+    assert (scale.low, scale.high, scale.step) == (0.1, 0.3, None)
+
+
+def test_a_range_may_have_a_step() -> None:
+    (scale,) = of("task_arithmetic", scale="0.1:0.3:0.1")
+    assert scale.points(99) == [0.1, 0.2, 0.3]
+
+
+@pytest.mark.parametrize(
+    ("text", "points"), [("0:1:0.35", [0, 0.35, 0.7]), ("0:1:0.3", [0, 0.3, 0.6, 0.9]), ("0:1:1", [0.0, 1.0])]
+)
+def test_a_step_that_does_not_divide_the_range_never_leaves_it(text: str, points: list[float]) -> None:
+    (scale,) = of("task_arithmetic", scale=text)
+    assert scale.points(99) == pytest.approx(points)
+
+
+@pytest.mark.parametrize("text", ["0:1:0.35", "0:1:0.1", "0.05:0.6:0.05"])
+def test_a_grid_and_optuna_agree_on_the_points_of_a_step(text: str) -> None:
+    (scale,) = of("task_arithmetic", scale=text)
+    distribution = distributions([scale])["scale"]
+    assert all(distribution._contains(point) for point in scale.points(99))
+    assert scale.points(99)[-1] == pytest.approx(distribution.high)
+
+
+def test_a_fixed_setting_is_not_searched() -> None:
+    searched = {d.setting for d in of("ties")}
+    assert {d.setting for d in of("ties", fixed={"density": 0.2})} == searched - {"density"}
+
+
+def test_words_can_be_searched_all_or_some() -> None:
+    some = of("emr", rescaler="global_sum")
+    assert [(d.kind, d.words) for d in some] == [("word", ("global_sum",))]
+
+
+def test_true_and_false_can_be_searched() -> None:
+    (both,) = (d for d in of("ties", round_up="true,false") if d.setting == "round_up")
+    assert both.words == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("method", "fixed", "ranges", "sentence"),
+    [
+        ("ties", {}, {"densty": "0:1"}, "No setting 'densty' to search or fix. Did you mean 'density'?"),
+        ("ties", {"skale": 1.0}, {}, "No setting 'skale' to search or fix. Did you mean 'scale'?"),
+        ("ties", {"scale": 1.0}, {"scale": "0:1"}, "'scale' is both fixed and given a range. Drop one."),
+        ("ties", {}, {"density": "0:2"}, "density must lie between 0 and 1; --range asks for 0:2."),
+        ("ties", {}, {"density": "low:high"}, "--range density=low:high is not LOW:HIGH or LOW:HIGH:STEP."),
+        ("ties", {}, {"density": "0.5:0.1"}, "with LOW below HIGH"),
+        ("ties", {}, {"density": "0:1:0"}, "is not LOW:HIGH or LOW:HIGH:STEP with a STEP above 0"),
+        ("ties", {}, {"density": "0:1:2"}, "no wider than the range"),
+        ("ties", {}, {"scale": "0:inf"}, "is not LOW:HIGH or LOW:HIGH:STEP"),
+        ("ties", {}, {"density": "0.5"}, "is not LOW:HIGH or LOW:HIGH:STEP"),
+        ("ties", {}, {"elect": "mass,mas"}, "elect is one of mass, normfrac, normmass, none, not 'mas'."),
+        ("ties", {}, {"round_up": "maybe"}, "round_up is one of True, False, not 'maybe'."),
+        ("dare_ties", {}, {"drop": "0:1"}, "drop must lie between 0 and below 1; --range asks for 0:1."),
+    ],
+)
+def test_what_makes_no_sense_is_refused(
+    method: str, fixed: dict[str, Any], ranges: dict[str, str], sentence: str
+) -> None:
+    assert sentence in refusal(method, (), fixed, **ranges)
+
+
+def test_everything_fixed_leaves_nothing_to_search() -> None:
+    assert refusal("task_arithmetic", (), {"scale": 0.3}) == (
+        "Nothing is left to search: every setting is fixed. Name one with --range NAME=LOW:HIGH."
+    )
+
+
+def test_a_setting_per_task_has_one_dimension_per_task() -> None:
+    found = of("task_arithmetic", ["scale"], scale="0.1:0.5")
+    assert [d.name for d in found] == ["scale[cola]", "scale[rte]"]
+    assert {(d.low, d.high, d.start) for d in found} == {(0.1, 0.5, 0.4)}
+
+
+def test_only_what_may_differ_per_task_is_searched_per_task() -> None:
+    assert refusal("medusa", ["scale"]) == "'scale' cannot differ per task. Drop --per-task scale."
+
+
+def test_a_setting_per_task_that_does_not_exist_is_refused() -> None:
+    assert "Did you mean 'scale'?" in refusal("task_arithmetic", ["skale"])
+
+
+def test_a_setting_cannot_be_fixed_and_searched_per_task() -> None:
+    assert "'scale' is both fixed and" in refusal("task_arithmetic", ["scale"], {"scale": 0.3})
+
+
+def test_whole_numbers_are_searched_in_whole_steps() -> None:
+    (x,) = space({"x": made("int", Between(1, 9))}, TASKS, ranges={"x": "1:7:2"}, fixed={})
+    assert (x.points(2), distributions([x])["x"].step) == ([1, 3, 5, 7], 2)
+
+
+@pytest.mark.parametrize("text", ["1:5:0.5", "0.5:4"])
+def test_whole_numbers_take_no_broken_range(text: str) -> None:
+    with pytest.raises(UserError, match="whole numbers"):
+        space({"x": made("int")}, TASKS, ranges={"x": text}, fixed={})
+
+
+def test_a_number_without_limits_wants_a_range() -> None:
+    wanting = made(per_task=True)
+    with pytest.raises(UserError, match="Give 'x' a range: --range x=LOW:HIGH"):
+        space({"x": wanting}, TASKS, ranges={}, fixed={}, per_task=["x"])
+
+
+def test_parameters_become_settings_with_per_task_values_gathered() -> None:
+    dimensions = of("ties", ["density"], {"scope": "tensor"})
+    params = {"density[cola]": 0.1, "density[rte]": 0.2, "scale": 1.5, "threshold": 0.7}
+    assert to_settings(params, dimensions, {"scope": "tensor"}) == {
+        "scope": "tensor", "density": {"cola": 0.1, "rte": 0.2}, "scale": 1.5, "threshold": 0.7,
+    }  # fmt: skip
+
+
+def test_making_settings_of_parameters_leaves_the_fixed_ones_alone() -> None:
+    fixed: dict[str, Any] = {"scope": "tensor"}
+    to_settings({"density": 0.1, "scale": 1.0, "threshold": 0.7}, of("ties"), fixed)
+    assert fixed == {"scope": "tensor"}
+
+
+@given(st.floats(-5, 4), st.floats(0.01, 5), st.integers(2, 40))
+def test_the_points_of_a_grid_span_the_range_evenly(low: float, width: float, count: int) -> None:
+    points = Dimension("x", "float", low, low + width).points(count)
+    gaps = [b - a for a, b in zip(points, points[1:], strict=False)]
+    assert len(points) == count
+    assert (points[0], points[-1]) == pytest.approx((low, low + width), abs=1e-9)
+    assert gaps == pytest.approx([width / (count - 1)] * len(gaps), abs=1e-9)
