@@ -9,7 +9,7 @@ demo: install
 	$(BIN)/mergectl run digits
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 lint: install
 	$(BIN)/ruff check .

@@ -52,9 +52,13 @@ def download(ref: str) -> Path:
             folder = Path(snapshot_download(repo, revision=revision or None, allow_patterns=["*.bin", *HUB_FILES[1:]]))
     except HFValidationError as error:
         raise UserError(f"There is no folder '{ref}', and it is no hub id either (org/name@revision).") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except LocalEntryNotFoundError as error:
         raise UserError(
-            f"There is no folder '{ref}', and the hub did not give a model of that name ({type(error).__name__})."
+            f"There is no folder '{ref}', and the hub cannot be reached to look for it. Name a local folder."
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        raise UserError(
+            f"There is no folder '{ref}', and the hub gave no model of that name ({type(error).__name__})."
         ) from error
     return folder
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -184,5 +185,6 @@ def _say(text: str, code: int) -> int:
 
 
 def entry() -> None:
-    """The console script."""
+    """The console script; a polite kill (SIGTERM) ends a run as Ctrl-C does."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

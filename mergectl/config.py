@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -45,6 +47,41 @@ class PipelineFile(BaseModel):
     next: list[str] = Field(default_factory=list)  # commands to try afterwards
 
 
+# What a plain word means by YAML 1.2. PyYAML reads 1.1, where the key `on` is true, `1e-4` a text and `-1:1` is -61.
+WORDS = (
+    ("bool", r"(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
+    ("int", r"[-+]?(?:0|[1-9][0-9]*)$", "-+0123456789"),
+    ("float", r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?$|[-+]?[0-9]+[eE][-+]?[0-9]+$", "-+.0123456789"),
+    ("float", r"[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$", "-+."),
+)
+
+
+@functools.cache
+def _loader() -> type[yaml.SafeLoader]:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.yaml_implicit_resolvers = {
+        first: [pair for pair in pairs if pair[0].rpartition(":")[2] not in ("bool", "int", "float")]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    for kind, pattern, starts in WORDS:
+        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", re.compile(pattern), list(starts))
+    return Loader
+
+
+def read_value(text: str) -> Any:
+    """Read one value as a file would: a number, a word, a list."""
+    import yaml
+
+    try:
+        return yaml.load(text, Loader=_loader())
+    except yaml.YAMLError as error:
+        raise UserError(f"'{text}' cannot be read as a value.") from error
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping, or say which line is wrong."""
     return _parse(path)[0]
@@ -70,8 +107,8 @@ def _parse(path: Path) -> tuple[dict[str, Any], dict[tuple[Any, ...], int]]:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UserError(f"{path} cannot be read: {reason}.") from error
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        content = yaml.safe_load(text)
+        node = yaml.compose(text, Loader=_loader())
+        content = yaml.load(text, Loader=_loader())
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise UserError(f"{path}, line {line}: {error.problem or 'not valid YAML'}.") from error

@@ -7,88 +7,23 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mergectl import artefacts
 from mergectl.errors import UserError
+from mergectl.finetune_config import FinetuneConfig
 
 if TYPE_CHECKING:
     from mergectl.benchmarks._contract import Task
     from mergectl.models import Source
     from mergectl.preprocess import Preparer
 
+__all__ = ["FinetuneConfig", "finetune"]
+
 Progress: TypeAlias = Callable[[int, int, str], None]
-LEARNING_RATES = {"none": 5e-5, "lora": 5e-4, "ia3": 5e-3}
-SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial")
 JOB = "job.json"
-
-
-@dataclass(frozen=True)
-class FinetuneConfig:
-    """All that decides what an expert becomes."""
-
-    task: str
-    base: str
-    epochs: float = 3.0
-    max_steps: int | None = None  # instead of epochs
-    lr: float | None = None  # None: 5e-5, for lora 5e-4, for ia3 5e-3
-    batch_size: int = 16
-    weight_decay: float = 0.01
-    warmup: float = 0.06  # share of all steps
-    scheduler: str = "linear"
-    max_length: int = 128
-    seed: int = 0
-    peft: str = "none"
-    rank: int = 8
-    alpha: float = 16
-    dropout: float = 0.0  # of LoRA
-    targets: tuple[str, ...] = ()  # modules that get adapters; empty: chosen by the model
-    bf16: bool = False
-    accumulation: int = 1
-    patience: int | None = None  # stop after so many evaluations without a better score
-    eval_every: int | None = None  # steps; None: each epoch
-    device: str = "auto"
-    limit_fit: int | None = None
-    limit_tune: int | None = None
-    by_length: bool = False  # rows of like length share a batch: less padding, up to twice as fast on texts
-    from_scratch: bool = False  # the base's configuration with fresh weights
-
-    def __post_init__(self) -> None:
-        for name, low, high, rule in _RANGES:
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise UserError(f"{name} must {rule}, got {value}.")
-        for name, words in (("peft", tuple(LEARNING_RATES)), ("scheduler", SCHEDULERS)):
-            if getattr(self, name) not in words:
-                raise UserError(f"{name} must be one of {', '.join(words)}, got '{getattr(self, name)}'.")
-
-    @property
-    def learning_rate(self) -> float:
-        """The rate in use."""
-        return LEARNING_RATES[self.peft] if self.lr is None else self.lr
-
-
-_MANY = 10**9
-_RANGES: tuple[tuple[str, float, float, str], ...] = (
-    ("epochs", 1e-6, 10**6, "be above 0"),
-    ("max_steps", 1, _MANY, "be at least 1"),
-    ("lr", 1e-12, 10, "lie above 0 and at most be 10"),
-    ("batch_size", 1, 10**6, "be at least 1"),
-    ("weight_decay", 0, 10, "lie between 0 and 10"),
-    ("warmup", 0, 0.99, "lie between 0 and 0.99: it is a share of all steps"),
-    ("max_length", 4, 10**6, "be at least 4 tokens"),
-    ("rank", 1, 4096, "lie between 1 and 4096"),
-    ("alpha", 1e-6, 10**6, "be above 0"),
-    ("dropout", 0, 0.99, "lie between 0 and 0.99"),
-    ("accumulation", 1, 10**6, "be at least 1"),
-    ("patience", 1, _MANY, "be at least 1"),
-    ("eval_every", 1, _MANY, "be at least 1"),
-    ("limit_fit", 1, _MANY, "be at least 1"),
-    ("limit_tune", 1, _MANY, "be at least 1"),
-    ("seed", 0, 2**32 - 1, "lie between 0 and 4294967295"),
-)
 
 
 def finetune(

@@ -67,15 +67,23 @@ class Lab:
             **facts,
         )
 
-    def done(self, kind: str, config: Mapping[str, Any], seed: int | None = None) -> dict[str, Any] | None:
-        """A finished run of exactly this work whose model is still there, so that it need not be done again."""
+    def done(
+        self, kind: str, config: Mapping[str, Any], seed: int | None = None, out: Path | None = None
+    ) -> dict[str, Any] | None:
+        """A finished run of exactly this work, so that it need not be done again; what it made must lie in `out`."""
+        from mergectl.checkpoints import open_checkpoint
         from mergectl.store import digest_of
 
-        run = self.store.finished(digest_of(dict(config)), kind=kind)
-        if run is None or run["seed"] != (self.seed if seed is None else seed):
+        digest = digest_of(dict(config))
+        if self.store.finished(digest, kind=kind) is None or (out is not None and not (out / "config.json").exists()):
             return None
-        models = [Path(a["path"]) for a in run["artifacts"] if a["kind"] == "model"]
-        return run if all(path.is_dir() for path in models) else None
+        found = self.store.query(
+            "SELECT r.run_id FROM runs r LEFT JOIN artifacts a ON a.run_id = r.run_id AND a.kind = 'model' "
+            "WHERE r.config_digest = ? AND r.kind = ? AND r.seed = ? AND r.status = 'finished' "
+            "AND a.digest IS NOT DISTINCT FROM ? ORDER BY r.ended_at DESC LIMIT 1",
+            [digest, kind, self.seed if seed is None else seed, None if out is None else open_checkpoint(out).digest],
+        )
+        return self.store.find(found.rows[0][0]) if found.rows else None
 
     def find_run(self, ref: str) -> Path | None:
         """The model folder that a run of this store wrote, or None if there is no such run."""
@@ -86,10 +94,7 @@ class Lab:
             return None
         for artifact in run.get("artifacts", ()):
             if artifact["kind"] == "model":
-                path = Path(artifact["path"])
-                if not path.is_dir():
-                    raise UserError(f"Run {run['run_id']} wrote {path}, which is gone.")
-                return path
+                return _unchanged(run["run_id"], Path(artifact["path"]), artifact["digest"])
         raise UserError(f"Run {run['run_id']} ({run['kind']}, {run['status']}) has no model.")
 
     def torch_device(self) -> str:
@@ -105,6 +110,17 @@ class Lab:
         if torch.cuda.is_available():
             return "cuda"
         return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _unchanged(run_id: str, path: Path, digest: str | None) -> Path:
+    """The folder that a run wrote, if it still holds what the run wrote."""
+    from mergectl.checkpoints import open_checkpoint
+
+    if not path.is_dir():
+        raise UserError(f"Run {run_id} wrote {path}, which is gone.")
+    if digest is not None and open_checkpoint(path).digest != digest:
+        raise UserError(f"Run {run_id} wrote {path}, but another model lies there now. Name the folder to take that.")
+    return path
 
 
 def free_cores() -> int:

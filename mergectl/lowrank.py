@@ -9,7 +9,7 @@ from mergectl.errors import UserError
 from mergectl.naming import is_backbone
 
 if TYPE_CHECKING:
-    from mergectl.finetune import FinetuneConfig
+    from mergectl.finetune_config import FinetuneConfig
 
 # The first row whose modules the model has: attention query and value for LoRA; key, value and feed-forward for IA3.
 LORA = (("query", "value"), ("query_proj", "value_proj"), ("q_proj", "v_proj"), ("in_proj",), ("c_attn",))

@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from mergectl.config import PipelineFile, read_file
+from mergectl.config import PipelineFile, read_file, read_value
 from mergectl.errors import UserError, did_you_mean
 from mergectl.families import named
 from mergectl.lab import Lab
@@ -39,7 +38,7 @@ def load(name: str, changes: Mapping[str, str]) -> PipelineFile:
     unknown = [key for key in changes if key not in pipeline.settings]
     if unknown:
         raise UserError(f"The pipeline has no setting '{unknown[0]}'.{did_you_mean(unknown[0], pipeline.settings)}")
-    settings = {**pipeline.settings, **{key: yaml.safe_load(value) for key, value in changes.items()}}
+    settings = {**pipeline.settings, **{key: read_value(value) for key, value in changes.items()}}
     steps = [_filled(step, settings) for step in pipeline.steps]
     return pipeline.model_copy(update={"steps": steps, "settings": settings})
 
@@ -52,6 +51,9 @@ def _filled(value: Any, settings: Mapping[str, Any]) -> Any:
         return [_filled(item, settings) for item in value]
     if not isinstance(value, str):
         return value
+    for name in re.findall(r"\$\{(\w+)\}", value):
+        if name not in settings:
+            raise UserError(f"The pipeline uses ${{{name}}}, which it does not set.{did_you_mean(name, settings)}")
     whole = re.fullmatch(r"\$\{(\w+)\}", value)
     if whole:
         return settings[whole[1]]
@@ -60,18 +62,15 @@ def _filled(value: Any, settings: Mapping[str, Any]) -> Any:
 
 def run(lab: Lab, name: str, changes: Mapping[str, str], *, dry_run: bool = False) -> None:
     """Execute a pipeline's steps in order; one that a finished run already did is skipped."""
-    from dataclasses import replace
-
     pipeline = load(name, changes)
     folder = lab.folder / "runs" / Path(name).stem
+    lab = _set_up(lab, pipeline, changes)
     for number, step in enumerate(pipeline.steps, 1):
-        _check(step, number)
+        check(lab, step, number)
     if dry_run:
         rows = [(n, _verb(step), _line(step[_verb(step)])) for n, step in enumerate(pipeline.steps, 1)]
         print_table(pipeline.title, ("step", "verb", "what"), rows, left=3)
         return
-    settings = pipeline.settings
-    lab = replace(lab, seed=int(settings.get("seed", lab.seed)), threads=int(settings.get("threads", lab.threads)))
     lab.terminal.say(pipeline.title)
     began = time.perf_counter()
     for number, step in enumerate(pipeline.steps, 1):
@@ -82,6 +81,18 @@ def run(lab: Lab, name: str, changes: Mapping[str, str], *, dry_run: bool = Fals
         lab.terminal.say(f"[{number}/{len(pipeline.steps)}] {verb} {_line(step[verb])}: {spent}")
     lab.terminal.say(f"Done in {time.perf_counter() - began:.0f} s.")
     _finish(lab, pipeline)
+
+
+def _set_up(lab: Lab, pipeline: PipelineFile, changes: Mapping[str, str]) -> Lab:
+    """The lab with the pipeline's seed and threads, where the command line names none."""
+
+    def chosen(name: str, given: int) -> int:
+        value = pipeline.settings.get(name, given)
+        if not isinstance(value, int) or value < 0:
+            raise UserError(f"The pipeline's {name} must be a whole number of at least 0, got '{value}'.")
+        return value if name in changes or not given else given
+
+    return replace(lab, seed=chosen("seed", lab.seed), threads=chosen("threads", lab.threads))
 
 
 def _finish(lab: Lab, pipeline: PipelineFile) -> None:
@@ -99,14 +110,41 @@ def _verb(step: Mapping[str, Any]) -> str:
     return next(iter(step))
 
 
-def _check(step: Mapping[str, Any], number: int) -> None:
+def check(lab: Lab, step: Mapping[str, Any], number: int) -> None:
+    """Refuse a step that could not be done, before hours are spent on those before it."""
+    from mergectl.plan import recipe_of
+    from mergectl.search import check_sampler
+
     if len(step) != 1 or _verb(step) not in STEPS:
         known = ", ".join(STEPS)
         raise UserError(f"Step {number} of the pipeline must be one of {known}, got {', '.join(step)}.")
+    what = step[_verb(step)]
+    _check_keys(f"Step {number} of the pipeline ({_verb(step)})", _verb(step), what)
+    if "method" in what:
+        given = what.get("settings") or what.get("fix") or {}
+        recipe_of(what["method"], given, what.get("refine", []), lab.seed)
+    check_sampler(what.get("sampler", "random"))
+    lab.tasks([*what.get("tasks", []), *what.get("on", [])])
+
+
+def _check_keys(step: str, verb: str, what: Any) -> None:
+    needed, others = KEYS[verb]
+    if not isinstance(what, dict):
+        raise UserError(f"{step} must be a mapping of keys to values, got '{what}'.")
+    if verb == "finetune":
+        from mergectl.finetune import FinetuneConfig
+
+        others = (*others, *(f.name for f in fields(FinetuneConfig) if f.name not in ("task", "seed", "device")))
+    for key in what:
+        if key not in (*needed, *others):
+            raise UserError(f"{step} has no key '{key}'.{did_you_mean(key, (*needed, *others))}")
+    for key in needed:
+        if key not in what:
+            raise UserError(f"{step} needs the key '{key}'.")
 
 
 def _line(what: Mapping[str, Any]) -> str:
-    words = [what.get(key) for key in ("method", "tasks", "model", "models", "sampler")]
+    words = [what.get(key) for key in ("method", "tasks", "models", "sampler")]
     return " ".join(" ".join(w) if isinstance(w, list) else str(w) for w in words if w)
 
 
@@ -160,12 +198,11 @@ def _eval(lab: Lab, folder: Path, what: dict[str, Any]) -> bool:
     from mergectl.verbs import evaluate_model
 
     heads = tuple((task, _inside(folder, ref)) for task, ref in named(what.get("heads", [])))
-    models = what.get("models") or [what["model"]]
     results = [
         evaluate_model(
             lab, _inside(folder, model), what.get("on", []), heads=heads, reuse=True, limit=what.get("limit")
         )
-        for model in models
+        for model in what["models"]
     ]
     return all(result["again"] for result in results)
 
@@ -185,6 +222,16 @@ def _search(lab: Lab, folder: Path, what: dict[str, Any]) -> bool:
     return bool(search_settings(lab, job, folder / what["out"], reuse=True)["again"])
 
 
+# What each verb must be told, and what it may be told; `finetune` also takes all that a fine-tuning can be told.
+KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "finetune": (("tasks", "base"), ("out",)),
+    "merge": (("method", "experts", "out"), ("base", "settings", "refine")),
+    "eval": (("models",), ("on", "heads", "limit")),
+    "search": (
+        ("method", "experts", "out"),
+        ("base", "on", "fix", "range", "per_task", "refine", "sampler", "trials", "limit"),
+    ),
+}
 STEPS: dict[str, Callable[[Lab, Path, dict[str, Any]], bool]] = {
     "finetune": _finetune,
     "merge": _merge,

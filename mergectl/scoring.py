@@ -43,7 +43,8 @@ def show_run(lab: Lab, run_id: str) -> None:
         "SELECT l.task, l.score, l.relative_to_expert, l.normalised, e.value AS examples, s.value AS seconds "
         "FROM leaderboard l JOIN metrics e ON e.run_id = l.eval_run AND e.task = l.task AND e.name = 'examples' "
         "JOIN metrics s ON s.run_id = l.eval_run AND s.task = l.task AND s.name = 'seconds' "
-        "WHERE l.eval_run = ? ORDER BY l.task",
+        "WHERE l.eval_run = ? QUALIFY row_number() OVER (PARTITION BY l.task ORDER BY l.normalised IS NULL, "
+        "l.relative_to_expert IS NULL, l.kind, l.run_id) = 1 ORDER BY l.task",  # one model may have several origins
         [run_id],
     )
     rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]

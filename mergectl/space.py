@@ -104,7 +104,7 @@ def _numbers(setting: Setting, text: str | None) -> Dimension:
             f"{setting.name} must lie between {'above ' if limits.low_open else ''}{borders}; --range asks for {text}."
         )
     if step is not None:  # the last point, where the steps do not end at HIGH
-        high = low + _steps(low, high, step) * step
+        high = round(low + _steps(low, high, step) * step, 10)
     return Dimension(setting.name, setting.type, low, high, step, start=_start(setting))
 
 

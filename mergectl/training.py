@@ -15,7 +15,7 @@ from mergectl.bench import Bench, score_model
 from mergectl.errors import WorkError
 
 if TYPE_CHECKING:
-    from mergectl.finetune import FinetuneConfig
+    from mergectl.finetune_config import FinetuneConfig
 
 Progress: TypeAlias = Callable[[int, int, str], None]
 FIT, TUNE = {"loss": "loss", "learning_rate": "lr"}, "eval_"

@@ -12,9 +12,9 @@ from mergectl.errors import UserError, WorkError
 from mergectl.families import Family, open_family
 from mergectl.lab import Lab
 from mergectl.merge import MergeJob
-from mergectl.search import Plan, Trial, Verdict, check_sampler, open_study, search
+from mergectl.search import Plan, Trial, Verdict, check_sampler, claim, open_study, search
 from mergectl.space import Dimension, space
-from mergectl.verbs import Result, evaluate_model, merge_models, model_path, record_inputs
+from mergectl.verbs import Result, evaluate_model, merge_models, record_inputs
 
 if TYPE_CHECKING:
     from mergectl.benchmarks._contract import Task
@@ -52,13 +52,14 @@ def search_settings(lab: Lab, job: SearchJob, out: Path, *, force: bool = False,
     tasks = lab.tasks(job.words or [family.task_ids[task] for task in family.experts])
     plan = Plan(tuple(dimensions), fixed, job.sampler, job.trials, lab.seed)
     config = _config(lab, job, family, plan, tasks)
-    if reuse and (done := lab.done("search", config)):
-        return {"run": done["run_id"], "out": model_path(done), "again": True}
+    if reuse and (done := lab.done("search", config, out=out)):
+        return {"run": done["run_id"], "out": str(out), "again": True}
     artefacts.check_free(out, force or reuse)
-    study_name = job.study or _study_name(config)
+    question = _question(config, lab.seed)
+    study_name = job.study or f"{job.merge.recipe.method}-{job.sampler}-{question[:8]}"
     with lab.start("search", config, study=study_name, name=out.name) as run:
         record_inputs(run, family)
-        best = _run_study(lab, job, family, plan, tasks, run, study_name)
+        best = _run_study(lab, job, family, plan, tasks, run, study_name, question)
         final = replace(job.merge, recipe=replace(job.merge.recipe, settings=best.settings))
         merged = merge_models(lab, final, out, force=force or reuse)
         run.artifact("model", str(out.absolute()), merged["digest"])
@@ -100,31 +101,39 @@ def _described(d: Dimension) -> Any:
     return list(d.words) if d.kind == "word" else [d.low, d.high, d.step]
 
 
-def _study_name(config: Mapping[str, Any]) -> str:
-    """One study per question: the same search with more trials goes on in the same study."""
+def _question(config: Mapping[str, Any], seed: int) -> str:
+    """What a study answers: the same search with more trials goes on in it, but a grid's points depend on how many."""
     from mergectl.store import digest_of
 
-    question = {key: value for key, value in config.items() if key not in ("trials", "version")}
-    return f"{config['method']}-{config['sampler']}-{digest_of(question)[:8]}"
+    free = ("version",) if config["sampler"] == "grid" else ("version", "trials")
+    return digest_of({"seed": seed, **{key: value for key, value in config.items() if key not in free}})
 
 
 def _run_study(
-    lab: Lab, job: SearchJob, family: Family, plan: Plan, tasks: Sequence[Task], run: Run, study_name: str
+    lab: Lab, job: SearchJob, family: Family, plan: Plan, tasks: Sequence[Task], run: Run, name: str, question: str
 ) -> Trial:
     with lab.terminal.progress(f"Searching {job.merge.recipe.method} by {plan.sampler}") as progress:
         judge = Judge(lab, job, family, tasks)
         best: list[Trial] = []
+        recorded = _recorded(lab, name)
 
-        def seen(trial: Trial, verdict: Verdict | None) -> None:
+        def seen(trial: Trial, verdict: Verdict) -> None:
             if not best or trial.score > best[0].score:
                 best[:] = [trial]
             run.metric("score", trial.score, split=job.split, step=trial.number)
-            if verdict is not None:
-                _record_trial(lab, job, trial, verdict, study_name)
+            if trial.number not in recorded:  # a search killed between journal and store told only the journal
+                _record_trial(lab, job, trial, verdict, name)
             progress(trial.number + 1, plan.trials, f"best {best[0].score:.4f} (trial {best[0].number})")
 
-        with open_study(lab.folder / "optuna", study_name) as study:
+        with open_study(lab.folder / "optuna", name) as study:
+            claim(study, question)
             return search(study, plan, judge, seen)
+
+
+def _recorded(lab: Lab, study: str) -> set[int]:
+    """The trials of a study that have their row in the store."""
+    rows = lab.store.query("SELECT trial FROM runs WHERE kind = 'trial' AND status = 'finished' AND study = ?", [study])
+    return {int(number) for (number,) in rows.rows}
 
 
 def _record_trial(lab: Lab, job: SearchJob, trial: Trial, verdict: Verdict, study: str) -> None:

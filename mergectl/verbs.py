@@ -30,8 +30,8 @@ def merge_models(lab: Lab, job: MergeJob, out: Path, *, force: bool = False, reu
     family = open_family(job.base, job.experts, lab.find_run)
     recipe = checked(job.recipe, list(family.experts))
     config = merge_config(job, family, recipe)
-    if reuse and (done := lab.done("merge", config, recipe.seed)):
-        return {"run": done["run_id"], "out": model_path(done), "again": True}
+    if reuse and (done := lab.done("merge", config, recipe.seed, out)):
+        return {"run": done["run_id"], "out": str(out), "again": True}
     artefacts.check_free(out, force or reuse)
     lab.torch_device()
     with lab.start("merge", config, seed=recipe.seed, name=out.name) as run:
@@ -61,11 +61,6 @@ def record_model(run: Run, folder: Path, digest: str) -> None:
     """Note a model folder as what the run made."""
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     run.artifact("model", str(folder.absolute()), digest, size)
-
-
-def model_path(run: Mapping[str, Any]) -> str:
-    """The folder of the model that a run made."""
-    return next(str(a["path"]) for a in run["artifacts"] if a["kind"] == "model")
 
 
 def evaluate_model(
@@ -192,8 +187,8 @@ def _finetune(
     start = source.weights.digest if source.weights is not None else source.config
     data = None if lab.data is None else str(lab.data.absolute())
     config = {**asdict(settings), "base": start, "task_version": task.version, "data": data, "version": __version__}
-    if reuse and (done := lab.done("finetune", config)):
-        return {"run": done["run_id"], "task": task.id, "out": model_path(done), "again": True}
+    if reuse and (done := lab.done("finetune", config, out=out)):
+        return {"run": done["run_id"], "task": task.id, "out": str(out), "again": True}
     artefacts.check_free(out, force or reuse)
     with lab.start("finetune", config, name=out.name) as run:
         run.input("base", source.ref, source.weights.digest if source.weights is not None else None)

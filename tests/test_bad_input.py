@@ -80,7 +80,7 @@ def test_a_shape_that_differs_names_the_tensor_and_both_shapes(
     cli: Cli, capsys: Capture, population: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     name = next(
-        n for n in tiny.weights(population / "parity") if n.endswith("weight") and "intermediate" in n or "fc1" in n
+        n for n in tiny.weights(population / "parity") if (n.endswith("weight") and "intermediate" in n) or "fc1" in n
     )
 
     def shrink(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -168,7 +169,7 @@ def test_making_settings_of_parameters_leaves_the_fixed_ones_alone() -> None:
 @given(st.floats(-5, 4), st.floats(0.01, 5), st.integers(2, 40))
 def test_the_points_of_a_grid_span_the_range_evenly(low: float, width: float, count: int) -> None:
     points = Dimension("x", "float", low, low + width).points(count)
-    gaps = [b - a for a, b in zip(points, points[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(points)]
     assert len(points) == count
     assert (points[0], points[-1]) == pytest.approx((low, low + width), abs=1e-9)
     assert gaps == pytest.approx([width / (count - 1)] * len(gaps), abs=1e-9)
