@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +18,15 @@ if TYPE_CHECKING:
 
 ROOT = "base_model.model."
 PARTS = re.compile(
-    r"(?P<module>.*)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B|lora_magnitude_vector"
-    r"(\.weight)?|ia3_l)$"
+    r"(?P<module>.*)\.(?P<part>lora_A\.weight|lora_B\.(weight|bias)|lora_embedding_A|lora_embedding_B"
+    r"|lora_magnitude_vector(\.weight)?|ia3_l)$"
 )
+# Kinds of LoRA that mean more than W + s B A; the last word of each is a value of init_lora_weights.
+OTHER_LORA = (
+    "layer_replication", "target_parameters", "trainable_token_indices", "use_qalora", "use_bdlora", "kasa_config",
+    "arrow_config", "monteclora_config", "alora_invocation_tokens",
+)  # fmt: skip
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class AdapterCheckpoint(Checkpoint):
@@ -32,6 +38,7 @@ class AdapterCheckpoint(Checkpoint):
         self.kind = str(self.settings.get("peft_type"))
         if self.kind not in ("LORA", "IA3"):
             raise UserError(f"{ref} is a {self.kind} adapter; only LoRA, DoRA and IA3 can be folded into weights.")
+        _check_kind(self.settings, ref)
         base = self.settings.get("base_model_name_or_path")
         if not base:
             raise UserError(f"{ref}: adapter_config.json does not name its base model (base_model_name_or_path).")
@@ -41,6 +48,8 @@ class AdapterCheckpoint(Checkpoint):
         self._modules, self._saved = self._sort_out()
         self.prefix = self._find_prefix()
         self.config = dict(self.base.config)
+        for module in self._modules:
+            self._check_shapes(module)
 
     def _sort_out(self) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
         """Adapter parts by module, and whole weights (a trained head) by name."""
@@ -50,8 +59,11 @@ class AdapterCheckpoint(Checkpoint):
             name = key.removeprefix(ROOT)
             if match := PARTS.match(name):
                 modules.setdefault(match["module"], {})[match["part"].removesuffix(".weight")] = key
-            else:
-                saved[name.replace(".modules_to_save.default", "").replace(".modules_to_save", "")] = key
+            elif re.search(r"\.(lora|ia3|token_adapter)_?", name):
+                raise UserError(f"{self.ref} holds '{name}', a part that cannot be folded into weights.")
+            elif ".original_module." not in name:
+                name = name.replace(".modules_to_save.default.", ".").replace(".modules_to_save.", ".")
+                saved[name.replace(".base_layer.", ".")] = key
         return modules, saved
 
     def _find_prefix(self) -> str:
@@ -62,6 +74,22 @@ class AdapterCheckpoint(Checkpoint):
             if len(stripped) == len(self._modules) and all(f"{m}.weight" in self.base for m in stripped):
                 return prefix
         raise UserError(f"{self.ref} adapts '{first}', which its base {self.base.ref} does not have.")
+
+    def _check_shapes(self, module: str) -> None:
+        """Refuse parts that do not fit the weight they belong to."""
+        weight = self.shape(f"{module}.weight")
+        outer, inner = weight[::-1] if _is_turned(self._modules[module], self.settings) else weight
+        shapes = {part: self._adapter.header[key][0] for part, key in self._modules[module].items()}
+        if "ia3_l" in shapes:
+            fits = shapes["ia3_l"] in ((1, inner), (outer, 1), (1, outer), (inner, 1))
+        else:
+            down, up = (shapes.get(f"lora_{x}", shapes.get(f"lora_embedding_{x}", ())) for x in "AB")
+            fits = len(down) == len(up) == 2 and (up[0], down[1]) == (outer, inner) and down[0] == up[1]
+        if not fits:
+            told = ", ".join(f"{part} {list(shape)}" for part, shape in shapes.items())
+            raise UserError(
+                f"{self.ref}: the parts for '{module}' ({told}) do not fit its base's weight of shape {list(weight)}."
+            )
 
     @cached_property
     def _names(self) -> dict[str, str | None]:
@@ -87,10 +115,10 @@ class AdapterCheckpoint(Checkpoint):
 
     def dtype(self, name: str) -> str:
         """The type of a weight: adapted ones are float32, whatever the base is stored in."""
+        if self._module_of(name) in self._modules:
+            return "F32"
         own = self._names[name]
-        if own is None:
-            return self._adapter.header[self._saved[name]][1]
-        return "F32" if self._module_of(name) in self._modules else self.base.dtype(own)
+        return self._adapter.header[self._saved[name]][1] if own is None else self.base.dtype(own)
 
     @staticmethod
     def _module_of(name: str) -> str:
@@ -98,9 +126,7 @@ class AdapterCheckpoint(Checkpoint):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         own = self._names[name]
-        if own is None:
-            return self._adapter.read(self._saved[name])
-        weight = self.base[own]
+        weight = self._adapter.read(self._saved[name]) if own is None else self.base[own]
         parts = self._modules.get(self._module_of(name))
         if parts is None:
             return weight
@@ -134,21 +160,37 @@ def _adapter_file(folder: Path, ref: str) -> Path:
     raise UserError(f"{ref} has adapter_config.json but no adapter_model.safetensors.")
 
 
+def _check_kind(settings: dict[str, Any], ref: str) -> None:
+    """Refuse the kinds of LoRA that stand for something else than base plus product."""
+    odd = [name for name in OTHER_LORA if settings.get(name)]
+    if odd:
+        raise UserError(f"{ref} is a LoRA adapter with {odd[0]}, which cannot be folded into weights.")
+    start = str(settings.get("init_lora_weights")).lower()
+    if start.startswith(CHANGES_BASE):
+        raise UserError(
+            f"{ref} was begun by {start}, which also changes the base. Save it once more as plain LoRA with peft: "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=...)."
+        )
+
+
+def _is_turned(parts: Mapping[str, Any], settings: dict[str, Any]) -> bool:
+    """Whether a module keeps its weight as [in, out]: embeddings, and GPT-2's Conv1D."""
+    return "lora_embedding_A" in parts or bool(settings.get("fan_in_fan_out"))
+
+
 def _fold_lora(
     weight: torch.Tensor, parts: dict[str, torch.Tensor], name: str, settings: dict[str, Any]
 ) -> torch.Tensor:
     """W + s B A, with s = alpha / r; DoRA then gives every output row its learned length."""
+    down, up = (parts[f"lora_{x}"] if f"lora_{x}" in parts else parts[f"lora_embedding_{x}"] for x in "AB")
+    scale = _lora_scale(name, len(down), settings)
     if name.endswith(".bias"):
-        return weight
-    if "lora_embedding_A" in parts:
-        down, up = parts["lora_embedding_A"], parts["lora_embedding_B"]
-        return weight + _lora_scale(name, len(down), settings) * (up @ down).T
-    down, up = parts["lora_A"], parts["lora_B"]
-    turned = bool(settings.get("fan_in_fan_out"))
-    whole = (weight.T if turned else weight) + _lora_scale(name, len(down), settings) * (up @ down)
+        return weight + scale * parts["lora_B.bias"] if "lora_B.bias" in parts else weight
+    turned = _is_turned(parts, settings)
+    whole = (weight.T if turned else weight) + scale * (up @ down)
     if "lora_magnitude_vector" in parts:
         whole = whole * (parts["lora_magnitude_vector"] / whole.norm(dim=1)).unsqueeze(1)
-    return whole.T if turned else whole
+    return whole.T.contiguous() if turned else whole
 
 
 def _lora_scale(name: str, rank: int, settings: dict[str, Any]) -> float:

@@ -72,7 +72,8 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
     def digest(self) -> str:
         """SHA-256 of everything that decides what the model computes: weights, heads, masks, config."""
         sha = hashlib.sha256()
-        parts = [*self._files, self.folder / "config.json", *sorted((self.folder / "tasks").glob("*/*"))]
+        beside = (self.folder / name for name in ("config.json", "unified.safetensors"))
+        parts = [*self._files, *beside, *sorted((self.folder / "tasks").glob("*/*"))]
         for path in parts:
             if path.is_file():
                 sha.update(path.name.encode())
@@ -131,20 +132,30 @@ _TORCH_TO_WORD = {
 
 
 def _open_pickled(path: Path) -> tuple[_Header, Callable[[str], torch.Tensor]]:
+    weights = _load_pickled(path)
+    if not isinstance(weights, dict) or not all(hasattr(w, "dtype") for w in weights.values()):
+        raise UserError(f"{path} holds something else than weights by name. Convert it to safetensors.")
+    words = {name: str(w.dtype).removeprefix("torch.") for name, w in weights.items()}
+    for name, word in words.items():
+        if word not in _TORCH_TO_WORD:
+            raise UserError(f"{path}: weight '{name}' is of the type {word}, which cannot be merged.")
+    header = {name: (tuple(w.shape), _TORCH_TO_WORD[words[name]]) for name, w in weights.items()}
+    return header, weights.__getitem__
+
+
+def _load_pickled(path: Path) -> Any:
+    """Weights and nothing else; files from before torch 1.6 cannot be mapped and are read whole."""
     import pickle
+    import zipfile
 
     import torch
 
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
         raise UserError(
             f"{path} could not be read as plain weights; pickled code is never run. Convert it to safetensors."
         ) from error
-    header = {
-        name: (tuple(w.shape), _TORCH_TO_WORD[str(w.dtype).removeprefix("torch.")]) for name, w in weights.items()
-    }
-    return header, weights.__getitem__
 
 
 def weight_files(folder: Path, ref: str) -> list[Path]:
@@ -153,15 +164,23 @@ def weight_files(folder: Path, ref: str) -> list[Path]:
         if (folder / single).exists():
             return [folder / single]
         if (folder / index).exists():
-            shards = read_json(folder / index).get("weight_map", {})
-            paths = [folder / name for name in dict.fromkeys(shards.values())]
-            for path in paths:
-                if path.resolve().parent != folder.resolve() and not path.is_symlink():
-                    raise UserError(f"{folder / index} names '{path}', which lies outside the folder.")
-                if not path.exists():
-                    raise UserError(f"{ref}: the shard {path.name} named in {index} is missing.")
-            return paths
+            return _shards(folder, index, ref)
     raise UserError(f"{ref} holds no weights: neither {SINGLE} nor {INDEX} is in {folder}.")
+
+
+def _shards(folder: Path, index: str, ref: str) -> list[Path]:
+    """The files that an index names, in its order."""
+    where = read_json(folder / index).get("weight_map")
+    if not isinstance(where, dict) or not where:
+        raise UserError(f"{folder / index} names no weights: its 'weight_map' should say in which file each one is.")
+    paths = []
+    for name in dict.fromkeys(map(str, where.values())):
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise UserError(f"{folder / index} names '{name}', which lies outside the folder.")
+        if not (folder / name).is_file():
+            raise UserError(f"{ref}: the shard {name} named in {index} is missing.")
+        paths.append(folder / name)
+    return paths
 
 
 def read_json(path: Path) -> dict[str, Any]:
