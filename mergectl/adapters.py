@@ -120,6 +120,11 @@ class AdapterCheckpoint(Checkpoint):
         own = self._names[name]
         return self._adapter.header[self._saved[name]][1] if own is None else self.base.dtype(own)
 
+    def where(self, name: str) -> tuple[Path, int, int] | None:
+        """The bytes of a weight that the adapter leaves as it is; None for the others."""
+        own = self._names[name]
+        return None if own is None or self._module_of(name) in self._modules else self.base.where(own)
+
     @staticmethod
     def _module_of(name: str) -> str:
         return name.rpartition(".")[0]

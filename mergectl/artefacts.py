@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mergectl.errors import UserError, WorkError
 
-if TYPE_CHECKING:
-    import torch
-
-CARRIED = (
+TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
-    "vocab.json", "merges.txt",
-    "spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "preprocessor_config.json",
-    "processor_config.json", "generation_config.json", "chat_template.jinja",
+    "vocab.json", "merges.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model",
 )  # fmt: skip
-ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-WORD_TO_TORCH = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
-    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
-}  # fmt: skip
+CARRIED = ("preprocessor_config.json", "processor_config.json", "generation_config.json", "chat_template.jinja")
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def check_free(out: Path, force: bool) -> None:
@@ -56,8 +49,8 @@ def new_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
             sync(path)
         _swap(work, out)
     except OSError as error:
-        if error.errno == 28:
-            raise WorkError(f"The disk that holds {out.parent} is full. Nothing was written.") from error
+        if error.errno in FULL:
+            raise WorkError(f"The disk that holds {out.absolute().parent} is full. Nothing was written.") from error
         raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -120,48 +113,22 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
-def carry_files(source: Path, target: Path) -> None:
-    """Copy the tokenizer, image settings and generation settings of a model folder."""
+def carry_files(target: Path, *donors: Path) -> None:
+    """Copy tokenizer, image settings and generation settings: the tokenizer as a whole from the first that has one."""
+    tokenizer = next((donor for donor in donors if any((donor / name).exists() for name in TOKENIZER)), None)
+    for name in TOKENIZER:
+        if tokenizer is not None and (tokenizer / name).exists():
+            shutil.copyfile(tokenizer / name, target / name)
     for name in CARRIED:
-        if (source / name).exists():
-            shutil.copyfile(source / name, target / name)
+        if source := next((donor / name for donor in donors if (donor / name).exists()), None):
+            shutil.copyfile(source, target / name)
 
 
-class SafetensorsWriter:
-    """A safetensors file filled weight by weight, in any order: shapes and types are known beforehand."""
-
-    def __init__(self, path: Path, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str]) -> None:
-        self.dtypes, self.missing = dict(dtypes), set(shapes)
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        self._start: dict[str, int] = {}
-        end = 0
-        for name, shape in shapes.items():
-            size = ITEM_BYTES[dtypes[name]]
-            for n in shape:
-                size *= n
-            header[name] = {"dtype": dtypes[name], "shape": list(shape), "data_offsets": [end, end + size]}
-            self._start[name], end = end, end + size
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        self._file = path.open("wb")
-        self._file.write(len(text).to_bytes(8, "little") + text)
-        self._body = 8 + len(text)
-        self._file.truncate(self._body + end)
-
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write one weight, cast to the type that was announced for it."""
-        import torch
-
-        tensor = tensor.to(getattr(torch, WORD_TO_TORCH[self.dtypes[name]])).contiguous()
-        self._file.seek(self._body + self._start[name])
-        self._file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-        self.missing.remove(name)
-
-    def __enter__(self) -> SafetensorsWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """End the file; every announced weight must have been written."""
-        self._file.close()
-        if kind is None and self.missing:
-            raise WorkError(f"The merge gave no '{min(self.missing)}' ({len(self.missing)} weights missing).")
+def check_space(folder: Path, needed: int) -> None:
+    """Refuse to begin what the disk cannot hold."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise WorkError(
+            f"The result needs {needed / 1e9:.3g} GB, but the disk that holds {folder.absolute().parent} has only "
+            f"{free / 1e9:.3g} GB free. Nothing was written."
+        )

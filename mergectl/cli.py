@@ -18,6 +18,7 @@ from mergectl import commands
 from mergectl.errors import UserError, WorkError, did_you_mean
 from mergectl.lab import Lab
 from mergectl.options import arrange, command
+from mergectl.publish import Target
 
 SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
 
@@ -49,9 +50,11 @@ class Methods(TyperGroup):
     """One command per merging method, made from its file when it is asked for."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Draw the help with Rich: the methods' sentences want whole lines."""
+        """Draw the help with Rich: the methods' sentences want whole lines; say which files are no method, and why."""
         self.rich_markup_mode = "rich"
         super().format_help(ctx, formatter)
+        for sentence in commands.broken_methods():
+            _say(f"warning: {sentence}", 0)
 
     def list_commands(self, ctx: Any) -> list[str]:
         """All methods and presets that merge."""
@@ -93,27 +96,39 @@ def _root(
     pass
 
 
-@merge_app.callback()
 def _merge(
+    lab: Lab,
     ctx: typer.Context,
     config: Annotated[Path | None, typer.Option("--config", "-c", help="A recipe file instead of options.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="With -c: the folder to write.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="With -c: replace the output folder.")] = False,
-    store: Annotated[Path, typer.Option("--store", envvar="MERGECTL_STORE", hidden=True)] = Path("lab/mergectl.duckdb"),
-    as_json: Annotated[bool, typer.Option("--json", hidden=True)] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", hidden=True)] = False,
-    debug: Annotated[bool, typer.Option("--debug", hidden=True)] = False,
+    again: Annotated[
+        Path | None, typer.Option("--again", help="Make the merge recorded in this folder anew and compare.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="With -c or --again: the folder to write.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="With -c or --again: replace the output folder.")] = False,
+    shard_size: commands.ShardSize = "5GB",
+    push: commands.Push = None,
+    public: commands.Public = False,
 ) -> None:
-    """Merge experts into one model by a method, or as a recipe file says (-c)."""
-    from mergectl.terminal import Terminal
-
+    """Merge experts into one model by a method, as a recipe file says (-c), or as once before (--again)."""
+    target = Target(out, force, shard_size, push, public)
+    if config is not None and ctx.invoked_subcommand is not None:
+        raise UserError(f"-c {config} names its method itself. Leave out '{ctx.invoked_subcommand}', or the recipe.")
+    if again is not None and (config is not None or ctx.invoked_subcommand is not None):
+        raise UserError("--again takes the method and everything else from the folder's record. Leave out the rest.")
     if config is not None:
-        words = ("mergectl", *sys.argv[1:])
-        lab = Lab(store_path=store, terminal=Terminal(quiet=quiet, as_json=as_json), command=words)
-        commands.merge_recipe(lab, config, out, force)
+        source = ctx.get_parameter_source("seed")
+        keep = source is not None and source.name == "COMMANDLINE"
+        commands.merge_recipe(lab, config, target, keep_seed=keep)
+    elif again is not None:
+        from mergectl.again import show_again
+
+        show_again(lab, again, target)
     elif ctx.invoked_subcommand is None:
         print(ctx.get_help())
         raise typer.Exit(2)
+
+
+merge_app.callback()(command(_merge))
 
 
 @search_app.callback()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +14,7 @@ import typer
 from mergectl.errors import UserError, did_you_mean
 from mergectl.lab import Lab
 from mergectl.options import command, given_settings, setting_options
+from mergectl.publish import Target
 
 Base = Annotated[str | None, typer.Option("--base", help="The model that the experts were fine-tuned from.")]
 Experts = Annotated[list[str], typer.Option("--experts", help="Models, as MODEL or task=MODEL; several may follow.")]
@@ -21,6 +24,9 @@ Refine = Annotated[
 Out = Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="Type of the merged weights: auto, float32, bfloat16, float16.")]
+ShardSize = Annotated[str, typer.Option("--shard-size", help="Largest file of the result: 5GB, 500MB.")]
+Push = Annotated[str | None, typer.Option("--push", help="Upload the result to the hub as ORG/NAME, private.")]
+Public = Annotated[bool, typer.Option("--public", help="With --push: for all to see.")]
 On = Annotated[list[str] | None, typer.Option("--on", help="Tasks or suites; several may follow.")]
 Split = Annotated[str, typer.Option("--split", help="fit, tune or report.")]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="At most so many rows per task.")]
@@ -34,11 +40,21 @@ def mergers() -> list[str]:
     return names()
 
 
+def broken_methods() -> list[str]:
+    """What is wrong with method files, the user's own above all."""
+    from mergectl.settings import problems
+
+    return problems()
+
+
 def known_merger(word: str) -> str:
     """A method's name as its file has it, or a refusal that names the nearest."""
     from mergectl.settings import names, problems, refinements
 
     name = word.replace("-", "_")
+    for sentence in problems():
+        if f"'{name}'" in sentence and name in names():
+            warnings.warn(sentence, stacklevel=2)
     if name in names():
         return name
     if name in refinements():
@@ -88,6 +104,7 @@ def finetune(
     rank: Annotated[int, typer.Option(min=1, help="Rank of LoRA's factors.")] = 8,
     alpha: Annotated[float, typer.Option(min=0, help="LoRA's alpha.")] = 16.0,
     dropout: Annotated[float, typer.Option(min=0, max=1, help="LoRA's dropout.")] = 0.0,
+    targets: Annotated[str, typer.Option(help="Modules that get adapters: q_proj,v_proj; default: by model.")] = "",
     bf16: Annotated[bool, typer.Option("--bf16", help="Train in bfloat16 autocast.")] = False,
     patience: Annotated[int | None, typer.Option(min=1, help="Stop after so many evaluations without gain.")] = None,
     eval_every: Annotated[
@@ -105,6 +122,7 @@ def finetune(
         "epochs": epochs, "max_steps": max_steps, "lr": lr, "batch_size": batch_size, "accumulation": accumulation,
         "weight_decay": weight_decay, "warmup": warmup, "scheduler": scheduler, "max_length": max_length, "peft": peft,
         "rank": rank, "alpha": alpha, "dropout": dropout, "bf16": bf16,
+        "targets": tuple(filter(None, targets.split(","))),
         "patience": patience, "eval_every": eval_every, "limit_fit": limit_fit, "limit_tune": limit_tune,
     }  # fmt: skip
     results = finetune_experts(lab, tasks, base, out, options, force=force)
@@ -123,6 +141,9 @@ def merge(
     export: Annotated[
         str | None, typer.Option("--export", help="Write one task's stand-alone classifier instead.")
     ] = None,
+    shard_size: ShardSize = "5GB",
+    push: Push = None,
+    public: Public = False,
     force: Force = False,
     **values: Any,
 ) -> None:
@@ -131,37 +152,60 @@ def merge(
     from mergectl.settings import settings_of
 
     settings = given_settings(values, settings_of(method))
-    _merge(lab, method, settings, named(experts), base, refine or [], dtype, export, out, force)
+    target = Target(out, force, shard_size, push, public)
+    _merge(lab, method, settings, named(experts), base, refine or [], dtype, export, target)
 
 
 def _merge(
     lab: Lab, method: str, settings: Mapping[str, Any], experts: Any, base: str | None, refine: Any, dtype: str,
-    export: str | None, out: Path, force: bool,
+    export: str | None, target: Target,
 ) -> None:  # fmt: skip
     from mergectl.merge import DTYPES, MergeJob
     from mergectl.plan import recipe_of
+    from mergectl.tensorfiles import parse_size
     from mergectl.verbs import merge_models
 
     if dtype not in ("auto", *DTYPES):
         raise UserError(f"--dtype must be auto, {', '.join(DTYPES)}, got '{dtype}'.")
-    job = MergeJob(recipe_of(method, settings, refine, lab.seed), tuple(experts), base, dtype, export)
-    result = merge_models(lab, job, out, force=force)
+    target.check()
+    recipe, size = recipe_of(method, settings, refine, lab.seed), parse_size(target.shard_size)
+    job = MergeJob(recipe, tuple(experts), base, dtype, export, size)
+    assert target.out is not None
+    result = merge_models(lab, job, target.out, force=target.force) | target.finish()
     lab.terminal.give(result, lambda: print(f"{result['out']}  (run {result['run']})"))
 
 
-def merge_recipe(lab: Lab, path: Path, out: Path | None, force: bool) -> None:
-    """Merge as a recipe file says."""
+def merge_recipe(lab: Lab, path: Path, target: Target, *, keep_seed: bool = False) -> None:
+    """Merge as a recipe file says; `keep_seed` if the command line names the seed."""
     from mergectl.config import MergeFile, read_file
     from mergectl.families import named
+    from mergectl.mergekit import is_mergekit
     from mergectl.options import with_seed
 
+    if is_mergekit(path):
+        _merge_mergekit(lab, path, target)
+        return
     recipe = read_file(path, MergeFile)
-    target = out or (Path(recipe.out) if recipe.out else None)
-    if target is None:
+    target = target._replace(out=target.out or (Path(recipe.out) if recipe.out else None))
+    if target.out is None:
         raise UserError(f"{path} names no output folder. Add 'out: FOLDER', or give -o FOLDER.")
-    lab = with_seed(lab, recipe.seed)
+    lab = lab if keep_seed else with_seed(lab, recipe.seed)
     _merge(lab, recipe.method, recipe.settings, named(recipe.experts), recipe.base, recipe.refine, recipe.dtype,
-           recipe.export, target, force)  # fmt: skip
+           recipe.export, target)  # fmt: skip
+
+
+def _merge_mergekit(lab: Lab, path: Path, target: Target) -> None:
+    """Merge as a recipe of mergekit's says, which names no folder and no seed."""
+    from mergectl.mergekit_jobs import job_of
+    from mergectl.tensorfiles import parse_size
+    from mergectl.verbs import merge_models
+
+    if target.out is None:
+        raise UserError(f"{path} is a recipe of mergekit's and names no output folder. Give -o FOLDER.")
+    target.check()
+    job = replace(job_of(path, lab.seed, lab.find_run), shard_bytes=parse_size(target.shard_size))
+    result = merge_models(lab, job, target.out, force=target.force) | target.finish()
+    lab.terminal.give(result, lambda: print(f"{result['out']}  (run {result['run']})"))
 
 
 def evaluate(

@@ -28,7 +28,7 @@ class MergeFile(BaseModel):
     base: str | None = None
     settings: dict[str, Any] = Field(default_factory=dict)
     refine: list[str | dict[str, dict[str, Any]]] = Field(default_factory=list)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     dtype: str = "auto"
     out: str | None = None
     export: str | None = None
@@ -84,12 +84,12 @@ def read_value(text: str) -> Any:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping, or say which line is wrong."""
-    return _parse(path)[0]
+    return read_lines(path)[0]
 
 
 def read_file(path: Path, schema: type[Model]) -> Model:
     """Read a YAML file and check it against `schema`; errors name the line and the key."""
-    content, lines = _parse(path)
+    content, lines = read_lines(path)
     try:
         return schema.model_validate(content)
     except ValidationError as error:
@@ -98,7 +98,8 @@ def read_file(path: Path, schema: type[Model]) -> Model:
         raise UserError(_sentence(path, problem, lines, schema)) from error
 
 
-def _parse(path: Path) -> tuple[dict[str, Any], dict[tuple[Any, ...], int]]:
+def read_lines(path: Path) -> tuple[dict[str, Any], dict[tuple[Any, ...], int]]:
+    """Read a YAML mapping, and on which line every key and list item stands."""
     import yaml
 
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,10 +60,13 @@ def evaluate(
     """Score a model on tasks (default: those it has heads for); `heads` names an expert per task to borrow from."""
     chosen = as_tasks(tasks if tasks is not None else own_tasks_of(model_ref), model_ref)
     live = open_live(model_ref, chosen, heads=heads, device=device)
-    folder = None if data is None else Path(data)
+    place = data or os.environ.get("MERGECTL_DATA")
+    folder = Path(place) if place else None
     found: dict[str, dict[str, float]] = {}
     for task in chosen:
-        bench = make_bench(task, live.preparer, split=split, data=folder, limit=limit, batch_size=batch_size, seed=seed)
+        bench = make_bench(
+            task, live.preparer_of(task.id), split=split, data=folder, limit=limit, batch_size=batch_size, seed=seed
+        )
         found[task.id] = score_model(live, bench, dtype=dtype, progress=progress)
     return Evaluation(
         model=str(getattr(model_ref, "ref", model_ref)),

@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -53,8 +53,9 @@ def finetune(
     job = _job(config, task, source, data)
     with quiet(), _work_folder(out) as work:
         args = arguments(config, work, device)
-        if args.process_index == 0:
-            _claim(work, job)
+        with args.main_process_first(local=False):
+            if args.process_index == 0:
+                _claim(work, job)
         return _train(config, task, source, args, out, data=data, run=run, progress=progress, force=force)
 
 
@@ -164,7 +165,16 @@ def _job(config: FinetuneConfig, task: Task, source: Source, data: Path | None) 
 def _work_folder(out: Path) -> Iterator[Path]:
     """The hidden folder of training checkpoints beside the output; it stays when training did not end well."""
     work = out.absolute().parent / f".{out.name}.training"
-    yield work
+    existed = work.parent.exists()
+    try:
+        yield work
+    except BaseException:
+        if not any(work.glob("*/*")):  # there is no checkpoint to go on from
+            shutil.rmtree(work, ignore_errors=True)
+            if not existed:
+                with suppress(OSError):
+                    work.parent.rmdir()
+        raise
     shutil.rmtree(work, ignore_errors=True)
 
 

@@ -36,15 +36,28 @@ def open_live(
         raise UserError("Name at least one task to evaluate on.")
     _one_kind(tasks)
     config = model_config(source, tasks[0])
-    length = max_length or source.meta.get("recipe", {}).get("max_length")
-    preparer = preparer_for(source, config, tasks[0], length)
+    lengths = {task.id: max_length or _length(source, task, heads or {}) for task in tasks}
+    preparers = {length: preparer_for(source, config, tasks[0], length) for length in set(lengths.values())}
+    preparer = preparers[lengths[tasks[0].id]]
     built = empty_model(config, tasks[0])
     unset = fill(built, source.weights, source.ref, with_head=False)
     prefix = built.base_model_prefix
     live = LiveModel(built, preparer, pick_device(device), pooled={s for s in unset if is_backbone(s, prefix)})
     live.unused = frozenset(match(source.weights, live_tensors(built), prefix)[1])
+    live.preparers = {task: preparers[length] for task, length in lengths.items()}
     add_heads(live, source, tasks, heads or {})
     return live
+
+
+def _length(source: Source, task: Task, given: Mapping[str, str | Path | Checkpoint]) -> int | None:
+    """The longest text that a task's head was trained on, where that was noted: it is scored on texts cut alike."""
+    ref = given.get(task.id, given.get(task.name))
+    info = stored_heads(source).get(task.id, stored_heads(source).get(task.name))
+    noted = (
+        info if ref is None and info is not None else (source if ref is None else open_source(ref)).meta.get("recipe")
+    )
+    length = (noted or {}).get("max_length")
+    return None if length is None else int(length)
 
 
 def _one_kind(tasks: Sequence[Task]) -> None:

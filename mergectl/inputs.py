@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from mergectl import blocks
+from mergectl.blocks import Block
 from mergectl.errors import UserError
 
 if TYPE_CHECKING:
@@ -51,11 +53,31 @@ class Inputs:
         self.floating = [name for name in self.first if is_floating(self.first, name)]
         self.carried = [name for name in self.first if not is_floating(self.first, name)]
         self.shapes = {name: shape_of(self.first, name) for name in self.floating}
+        self.blocks: dict[str, Block] = {}
         self.unchanged = set(self.tasks)
         self._seen: set[str] = set()
         self._last: tuple[str, torch.Tensor | None] = ("", None)  # the base's weight read last
         for task, expert in experts.items():
             check_names(self.first, expert, task, self.floating)
+
+    def cut(self, names: Sequence[str]) -> list[str]:
+        """Return the names with every long weight replaced by its blocks, where all models can be read by blocks."""
+        models = [*self.experts.values(), *([] if self.base is None else [self.base])]
+        found = blocks.cut(self.shapes, [n for n in names if all(blocks.readable(model, n) for model in models)])
+        self.blocks |= found
+        self.shapes |= {name: (block.stop - block.start,) for name, block in found.items()}
+        own: dict[str, list[str]] = {}
+        for block in found.values():
+            own.setdefault(block.weight, []).append(block.name)
+        return [unit for name in names for unit in own.get(name, [name])]
+
+    def size(self, name: str) -> int:
+        """Return the number of elements of the whole weight that a name belongs to."""
+        return math.prod(self.shapes[self.blocks[name].weight if name in self.blocks else name])
+
+    def _get(self, weights: Weights, name: str) -> torch.Tensor:
+        """Read a weight or a block of one model."""
+        return _wide(blocks.read(weights, self.blocks[name]) if name in self.blocks else weights[name])
 
     def base_weight(self, name: str) -> torch.Tensor:
         """Read one weight of the base."""
@@ -63,7 +85,7 @@ class Inputs:
             self._read(name)
         if self._last[0] != name:
             assert self.base is not None
-            self._last = (name, _wide(self.base[name]))
+            self._last = (name, self._get(self.base, name))
         assert self._last[1] is not None
         return self._last[1]
 
@@ -80,25 +102,29 @@ class Inputs:
         rows, base = self._read(name), self.base_weight(name)
         result = torch.empty((len(rows), *base.shape), dtype=torch.float32)
         for delta, row in zip(result, rows, strict=True):
-            delta.copy_(row - base)
+            if row.dtype == base.dtype == torch.float32:
+                torch.sub(row, base, out=delta)
+            else:
+                delta.copy_(row - base)
         return result
 
     def _read(self, name: str) -> list[torch.Tensor]:
         """Read one weight of all experts; the first time, refuse what is not finite and note who is unchanged."""
         import torch
 
-        rows = [_wide(expert[name]) for expert in self.experts.values()]
+        rows = [self._get(expert, name) for expert in self.experts.values()]
         if name in self._seen:
             return rows
-        base = None if self.base is None else _wide(self.base[name])
+        base = None if self.base is None else self._get(self.base, name)
         self._last = (name, base)
         models = dict(zip((f"the expert '{task}'" for task in self.tasks), rows, strict=True))
         for who, x in {**models, **({} if base is None else {"the base": base})}.items():
             if not _is_finite(x):
-                raise UserError(f"Weight '{name}' of {who} holds NaN or infinite numbers; such a model is not merged.")
+                whole = self.blocks[name].weight if name in self.blocks else name
+                raise UserError(f"Weight '{whole}' of {who} holds NaN or infinite numbers; such a model is not merged.")
         if base is not None and base.numel():
-            same = {task for task, row in zip(self.tasks, rows, strict=True) if torch.equal(row, base)}
-            self.unchanged &= same
+            pairs = zip(self.tasks, rows, strict=True)
+            self.unchanged = {task for task, row in pairs if task in self.unchanged and torch.equal(row, base)}
         self._seen.add(name)
         return rows
 
@@ -129,13 +155,13 @@ class Subset(Mapping[str, "torch.Tensor"]):
 
     def __init__(self, weights: Weights, names: Iterable[str]) -> None:
         """Take the names that the mapping has."""
-        self._weights, self._names = weights, {name: None for name in names if name in weights}
+        self.weights, self._names = weights, {name: None for name in names if name in weights}
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """Read one weight."""
         if name not in self._names:
             raise KeyError(name)
-        return self._weights[name]
+        return self.weights[name]
 
     def __iter__(self) -> Iterator[str]:
         """Go through the names in order."""
@@ -149,13 +175,18 @@ class Subset(Mapping[str, "torch.Tensor"]):
         """Say whether there is such a weight, without reading it."""
         return name in self._names
 
+    def where(self, name: str) -> Any:
+        """Return the place of a weight in a file, if the mapping knows one."""
+        ask = getattr(self.weights, "where", None)
+        return ask(name) if callable(ask) else None
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a weight's shape."""
-        return shape_of(self._weights, name)
+        return shape_of(self.weights, name)
 
     def dtype(self, name: str) -> Any:
         """Return a weight's type."""
-        return dtype_of(self._weights, name)
+        return dtype_of(self.weights, name)
 
 
 def split_heads(base: Weights, experts: Mapping[str, Weights]) -> tuple[list[str], list[str], dict[str, list[str]]]:

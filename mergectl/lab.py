@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import socket
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +43,7 @@ class Lab:
         """The lab folder: the store's own."""
         return self.store_path.parent
 
-    @cached_property
+    @functools.cached_property
     def store(self) -> Store:
         """The experiment store."""
         from mergectl.store import Store
@@ -130,6 +130,7 @@ def free_cores() -> int:
     return max(1, cores - round(busy))
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """The versions of what decides a number, from package metadata alone."""
     from importlib.metadata import PackageNotFoundError, version

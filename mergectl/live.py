@@ -49,6 +49,7 @@ class LiveModel:
         self.backbone = {s: t.detach() for s, t in slots.items() if is_backbone(s, self.prefix) and s not in pooled}
         paths = live_names(self.model)
         self._places = {s: _place(self.model, paths[s]) for s in slots if s not in self.backbone}
+        self.preparers: dict[str, Preparer] = {}  # by task, where its head was trained on texts of another length
         self._heads: dict[str, Head] = {}
         self._kept: Kept | None = None
         self._masked_for: str | None = None
@@ -58,6 +59,10 @@ class LiveModel:
     def tasks(self) -> list[str]:
         """The tasks that have a head here."""
         return list(self._heads)
+
+    def preparer_of(self, task: str) -> Preparer:
+        """What makes a task's rows ready for the model."""
+        return self.preparers.get(task, self.preparer)
 
     def slot(self, name: str) -> str | None:
         """The backbone's own name for a weight given with or without prefix; None for anything else."""

@@ -11,6 +11,7 @@ from mergectl import artefacts
 from mergectl.checkpoints import Checkpoint
 from mergectl.errors import UserError
 from mergectl.families import Family
+from mergectl.tensorfiles import SHARD_BYTES
 from mergectl.terminal import Progress
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class MergeJob:
     base: str | None = None
     dtype: str = "auto"
     export: str | None = None  # write one task's dense stand-alone checkpoint instead of the shared model
+    shard_bytes: int = SHARD_BYTES  # a model file grows no larger than this
 
 
 def merge(
@@ -50,20 +52,23 @@ def merge(
 ) -> str:
     """Merge `family` as `job` says into the folder `out`; return the digest of the result."""
     from mergectl.merging import merge_stream
-    from mergectl.writing import write_one_task, write_records, write_shared
+    from mergectl.records import write_records
+    from mergectl.writing import Form, write_one_task, write_shared
 
     if job.export is not None and job.export not in family.experts:
         raise UserError(f"--export {job.export}: the experts are {', '.join(family.experts)}.")
     base = family.population.base if family.has_base else None
-    dtype = out_dtype(job.dtype, family)
+    form = Form(out_dtype(job.dtype, family), job.dtype != "auto", job.shard_bytes)
     stream = merge_stream(job.recipe, base, family.population.experts)
     with artefacts.new_folder(out, force=force) as folder:
         if job.export is None:
-            write_shared(family, stream, folder, dtype, progress)
+            write_shared(family, stream, folder, form, progress)
         else:
-            write_one_task(job.export, family, stream, folder, dtype, progress)
-        write_records(described(job.recipe), job.export, family, folder, facts)
-    return Checkpoint(out, str(out)).digest
+            write_one_task(job.export, family, stream, folder, form, progress)
+        digest = Checkpoint(folder, str(out)).digest
+        output = {"dtype": job.dtype, "export": job.export, "shard_bytes": job.shard_bytes, "digest": digest}
+        write_records(described(job.recipe), output, family, folder, facts)
+    return digest
 
 
 def out_dtype(choice: str, family: Family) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mergectl import settings
+from mergectl.blocks import Cut
 from mergectl.errors import UserError, did_you_mean
 from mergectl.inputs import Inputs, Subset, Weights, split_heads
 from mergectl.methods._contract import MergeWarning, MethodError
@@ -75,10 +76,12 @@ class Stream:
     def _pieces(self, names: Sequence[str], steps: Sequence[Step]) -> Iterator[Piece]:
         """Run the method on a group of weights that share their settings."""
         *refinements, last = steps
-        vectors = self._vectors(names, refinements)
+        units = self.inputs.cut(names) if all(settings.in_blocks(step.name, step.settings) for step in steps) else names
+        vectors = self._vectors(units, refinements)
         supplied = self._supplied(last, vectors, bool(refinements))
         result = iter(settings.function_of(last.name)(**supplied, **last.settings))
-        missing = dict.fromkeys(names)
+        missing = dict.fromkeys(units)
+        whole: Piece | None = None
         while True:
             try:
                 name, merged, *masks = next(result)
@@ -88,13 +91,38 @@ class Stream:
             if name not in missing or merged.shape != self.inputs.shapes[name]:
                 raise UserError(f"Method '{last.name}' gave an unknown or misshapen weight '{name}': mend its file.")
             del missing[name]
-            yield self._piece(name, merged, masks[0] if masks else None, "experts" in supplied)
+            piece = self._piece(name, merged, masks[0] if masks else None, "experts" in supplied)
+            if name not in self.inputs.blocks:
+                yield piece
+                continue
+            whole = self._join(whole, piece)
+            if self.inputs.blocks[name].stop == self.inputs.size(name):
+                yield whole
+                whole = None
         if missing:
             raise UserError(f"Method '{last.name}' gave no weight '{next(iter(missing))}': mend its file.")
 
     def _piece(self, name: str, merged: torch.Tensor, masks: torch.Tensor | None, is_weight: bool) -> Piece:
         weight = merged if is_weight else self.inputs.base_weight(name) + merged
         return Piece(name, weight, None if masks is None else merged, masks)
+
+    def _join(self, whole: Piece | None, part: Piece) -> Piece:
+        """Put a block into its weight; blocks of one weight come one after the other."""
+        import torch
+
+        block = self.inputs.blocks[part.name]
+        if whole is None or whole.name != block.weight:
+            shape = self.inputs.shapes[block.weight]
+            masks = None if part.masks is None else torch.empty((len(part.masks), *shape), dtype=torch.bool)
+            delta = None if part.delta is None else torch.empty(shape, dtype=part.delta.dtype)
+            whole = Piece(block.weight, torch.empty(shape, dtype=part.weight.dtype), delta, masks)
+        place = slice(block.start, block.stop)
+        whole.weight.view(-1)[place] = part.weight
+        if whole.delta is not None and part.delta is not None:
+            whole.delta.view(-1)[place] = part.delta
+        if whole.masks is not None and part.masks is not None:
+            whole.masks.view(len(whole.masks), -1)[:, place] = part.masks
+        return whole
 
     def _keep(self, kept: Mapping[str, Any] | None) -> None:
         if kept and "rescalers" in kept:
@@ -116,7 +144,8 @@ class Stream:
         from mergectl.methods._task_vectors import TaskVectors
 
         shapes = {name: self.inputs.shapes[name] for name in names}
-        vectors = TaskVectors(self.inputs.tasks, shapes, self.inputs.deltas)
+        sizes = {name: self.inputs.size(name) for name in names}
+        vectors = TaskVectors(self.inputs.tasks, shapes, self.inputs.deltas, sizes)
         for place, step in enumerate(refinements):
             supplied = self._supplied(step, vectors, place > 0, stream=place)
             vectors = settings.function_of(step.name)(**supplied, **step.settings)
@@ -126,15 +155,19 @@ class Stream:
         """Return what a step asks for, as far as there is any."""
         inputs, have_base = self.inputs, self.inputs.base is not None
         weights = (lambda name: inputs.base_weight(name) + vectors[name]) if refined else inputs.weights
-        experts = type(vectors)(inputs.tasks, vectors.shapes, weights)
-        base = type(vectors)(("base",), vectors.shapes, inputs.base_weight)
-        offers = {
+        experts = type(vectors)(inputs.tasks, vectors.shapes, weights, vectors.sizes)
+        base = type(vectors)(("base",), vectors.shapes, inputs.base_weight, vectors.sizes)
+        offers: dict[str, Any] = {
             "task_vectors": vectors if have_base else None,
             "experts": experts,
             "base": base if have_base else None,
             "rng": generators(self.recipe.seed, stream),
             **{name: self.supplies.get(name) for name in GIVEN},
         }
+        if inputs.blocks and offers["signs"] is not None:
+            offers["signs"] = Cut(offers["signs"], inputs.blocks)
+        if inputs.blocks and offers["masks"] is not None:
+            offers["masks"] = {task: Cut(masks, inputs.blocks) for task, masks in offers["masks"].items()}
         return {name: offers[name] for name in settings.describe(step.name).supplies}
 
 

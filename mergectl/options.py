@@ -153,6 +153,9 @@ def arrange(args: Sequence[str]) -> list[str]:
     Options of every command may stand before the verb, and `--experts A B C` takes all that follows.
     """
     front, rest = _front(list(args))
+    if rest[:1] in (["merge"], ["search"]):  # between the verb and the method, too
+        more, tail = _front(rest[1:])
+        front, rest = [*front, *more], [rest[0], *tail]
     spread: list[str] = []
     index = 0
     while index < len(rest):

@@ -98,7 +98,7 @@ def _set_up(lab: Lab, pipeline: PipelineFile, changes: Mapping[str, str]) -> Lab
 def _finish(lab: Lab, pipeline: PipelineFile) -> None:
     from mergectl.report import leaderboard
 
-    suites = {word.split("/")[0] for step in pipeline.steps for word in step.get("eval", {}).get("on", [])}
+    suites = {word.split("/")[0] for step in pipeline.steps for word in _list(step.get("eval", {}), "on")}
     leaderboard(lab, "report", suites.pop() if len(suites) == 1 else None, "json" if lab.terminal.as_json else "table")
     if pipeline.next:
         lab.terminal.say("\nTry next:")
@@ -124,7 +124,7 @@ def check(lab: Lab, step: Mapping[str, Any], number: int) -> None:
         given = what.get("settings") or what.get("fix") or {}
         recipe_of(what["method"], given, what.get("refine", []), lab.seed)
     check_sampler(what.get("sampler", "random"))
-    lab.tasks([*what.get("tasks", []), *what.get("on", [])])
+    lab.tasks([*_list(what, "tasks"), *_list(what, "on")])
 
 
 def _check_keys(step: str, verb: str, what: Any) -> None:
@@ -143,6 +143,12 @@ def _check_keys(step: str, verb: str, what: Any) -> None:
             raise UserError(f"{step} needs the key '{key}'.")
 
 
+def _list(what: Mapping[str, Any], key: str) -> list[str]:
+    """A step's words, whether written as a list or as one."""
+    words = what.get(key) or []
+    return [words] if isinstance(words, str) else [str(word) for word in words]
+
+
 def _line(what: Mapping[str, Any]) -> str:
     words = [what.get(key) for key in ("method", "tasks", "models", "sampler")]
     return " ".join(" ".join(w) if isinstance(w, list) else str(w) for w in words if w)
@@ -156,7 +162,7 @@ def _finetune(lab: Lab, folder: Path, what: dict[str, Any]) -> bool:
     if isinstance(base, dict):
         base = _config_file(folder, base)
     results = finetune_experts(
-        lab, what["tasks"], _inside(folder, base), folder / what.get("out", ""), options, reuse=True
+        lab, _list(what, "tasks"), _inside(folder, base), folder / what.get("out", ""), options, reuse=True
     )
     return all(result["again"] for result in results)
 
@@ -199,9 +205,7 @@ def _eval(lab: Lab, folder: Path, what: dict[str, Any]) -> bool:
 
     heads = tuple((task, _inside(folder, ref)) for task, ref in named(what.get("heads", [])))
     results = [
-        evaluate_model(
-            lab, _inside(folder, model), what.get("on", []), heads=heads, reuse=True, limit=what.get("limit")
-        )
+        evaluate_model(lab, _inside(folder, model), _list(what, "on"), heads=heads, reuse=True, limit=what.get("limit"))
         for model in what["models"]
     ]
     return all(result["again"] for result in results)
@@ -212,7 +216,7 @@ def _search(lab: Lab, folder: Path, what: dict[str, Any]) -> bool:
 
     job = SearchJob(
         merge=_job(lab, folder, {**what, "settings": what.get("fix", {})}),
-        words=tuple(what.get("on", [])),
+        words=tuple(_list(what, "on")),
         sampler=what.get("sampler", "random"),
         trials=what.get("trials", 20),
         ranges=what.get("range", {}),

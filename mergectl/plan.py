@@ -57,11 +57,25 @@ def steps_of(recipe: Recipe, tasks: Sequence[str]) -> list[Step]:
 
 def groups(steps: Sequence[Step], names: Sequence[str]) -> list[tuple[list[str], list[Step]]]:
     """Group weights by the settings their names select; each group is then merged as a model of its own."""
+    for step in steps:
+        _check_patterns(step, names)
     found: dict[str, tuple[list[str], list[Step]]] = {}
     for name in names:
         own = [Step(step.name, {key: select(value, name) for key, value in step.settings.items()}) for step in steps]
         found.setdefault(repr(own), ([], own))[0].append(name)
     return list(found.values())
+
+
+def _check_patterns(step: Step, names: Sequence[str]) -> None:
+    """Refuse a pattern that no weight's name fits: its value would be passed over in silence."""
+    for key, value in step.settings.items():
+        for pattern in value if isinstance(value, Mapping) else ():
+            if pattern != "*" and not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+                rule = "" if settings.settings_of(step.name)[key].per_task else f", and {key} cannot differ per task"
+                raise UserError(
+                    f"No weight is called '{pattern}', for which {key} of {step.name} was given. "
+                    f"Write a pattern of weight names such as '*.attention.*'{rule}."
+                )
 
 
 def select(value: Any, name: str) -> Any:

@@ -66,6 +66,7 @@ def print_leaderboard(table: Table, split: str) -> None:
     suites = {task.split("/")[0] for task in tasks}
     heads = [task.split("/")[1] if len(suites) == 1 else task for task in tasks]
     columns = ("model", "method", *heads, "mean", "of expert", "base to expert", "run")
+    suite = f" of {suites.pop()}" if len(suites) == 1 else ""
     shown: set[str | None] = {None}
     for base in dict.fromkeys(row["base"] for row in rows):
         own = [row for row in rows if row["base"] == base]
@@ -79,7 +80,6 @@ def print_leaderboard(table: Table, split: str) -> None:
         ]  # fmt: skip
         marks = [{"base": "dim", "experts": "cyan", "expert": "dim cyan"}.get(row["kind"], "bold") for row in own]
         over = f", merges of {base}" if base else ""
-        suite = f" of {suites.pop()}" if len(suites) == 1 else ""
         print_table(f"Scores{suite} on '{split}' in percent{over}", columns, lines, left=2, marks=marks)
 
 
@@ -106,28 +106,38 @@ def _percent(value: float | None) -> str | None:
 
 def one_run(lab: Lab, prefix: str, form: str) -> None:
     """Print everything that the store knows of one run."""
+    from mergectl.store import Table
+
     run = lab.store.find(prefix)
     if run is None:
         question = "select run_id, kind, name from runs"
         raise UserError(f"No run '{prefix}' in {lab.store_path}. See all: mergectl report --sql '{question}'")
-    if form == "json":
-        print(json.dumps(run, indent=2, default=str, ensure_ascii=False))
-        return
-    facts = [
-        (key, run[key])
-        for key in ("run_id", "kind", "name", "status", "seed", "started_at", "seconds", "error")
-        if run.get(key) is not None
-    ]
-    facts += [(f"config.{key}", json.dumps(value, default=str)) for key, value in run["config"].items()]
-    facts += [(row["role"], f"{row['ref']}" + (f" ({row['task']})" if row["task"] else "")) for row in run["inputs"]]
-    facts += [(row["kind"], row["path"]) for row in run["artifacts"]]
-    print_table("", ("what", "value"), facts, left=2)
     metrics = lab.store.query(
         "SELECT task, split, name, step, value FROM metrics WHERE run_id = ? "
         "ORDER BY step NULLS FIRST, task, split, name",
         [run["run_id"]],
     )
-    show(metrics, form, left=3)
+    if form == "json":
+        print(json.dumps({**run, "metrics": metrics.records()}, indent=2, default=str, ensure_ascii=False))
+    elif form == "csv":
+        print(as_text(metrics, form))
+    else:
+        show(Table(["what", "value"], _facts(run)), form, left=2)
+        if metrics.rows:
+            print()
+            show(metrics, form, left=3)
+
+
+def _facts(run: dict[str, Any]) -> list[tuple[Any, ...]]:
+    """What there is to say of a run beside its metrics, line by line."""
+    facts: list[tuple[Any, ...]] = [
+        (key, run[key])
+        for key in ("run_id", "kind", "name", "status", "seed", "study", "trial", "started_at", "seconds", "error")
+        if run.get(key) is not None
+    ]
+    facts += [(f"config.{key}", json.dumps(value, default=str)) for key, value in run["config"].items()]
+    facts += [(row["role"], f"{row['ref']}" + (f" ({row['task']})" if row["task"] else "")) for row in run["inputs"]]
+    return facts + [(row["kind"], row["path"]) for row in run["artifacts"]]
 
 
 def choose_format(as_json: bool, as_csv: bool, as_md: bool) -> str:

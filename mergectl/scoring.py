@@ -68,7 +68,7 @@ def _print(rows: Sequence[dict[str, Any]], mean: float, run_id: str) -> None:
     shown.append(("mean", _percent(mean), _mean(rows, "relative_to_expert"), _mean(rows, "normalised"), None, None))
     print_table(f"Scores in percent (run {run_id})", COLUMNS, shown)
     if any(r["relative_to_expert"] is None for r in rows):
-        print("Score the experts and the base as well (--references) to see how close this comes to them.")
+        print("A dash: the expert or the base is not scored here yet (--references), or the expert is no better.")
 
 
 def _percent(value: float | None) -> str | None:
@@ -94,9 +94,8 @@ def search_and_show(lab: Lab, job: SearchJob, out: Path, *, force: bool) -> None
     def show() -> None:
         settings = ", ".join(f"{name}={value}" for name, value in best.settings.items())
         rows = [(task, _percent(score)) for task, score in found.scores.items()]
-        print_table(
-            f"Best of study {result['study']}: {settings}", ("task", "report"), [*rows, ("mean", _percent(found.mean))]
-        )
+        print_table("Best candidate in percent", ("task", "report"), [*rows, ("mean", _percent(found.mean))])
+        print(f"{settings}  (study {result['study']})")
         print(f"{result['out']}  (run {result['run']}, trial {best.number}, {100 * best.score:.1f} on '{job.split}')")
 
     lab.terminal.give(document, show)

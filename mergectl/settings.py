@@ -100,6 +100,12 @@ def function_of(name: str) -> Callable[..., Any]:
     return _function(plugins.load("methods", name), name)
 
 
+def in_blocks(name: str, given: Mapping[str, Any]) -> bool:
+    """Say whether a file's function works element by element under these settings (its fact BLOCKS)."""
+    fact = getattr(plugins.load("methods", name), "BLOCKS", False)
+    return all(given.get(key) in values for key, values in fact.items()) if isinstance(fact, Mapping) else bool(fact)
+
+
 def check(name: str, given: Mapping[str, Any], tasks: Sequence[str] | None) -> dict[str, Any]:
     """Return all settings of a method, checked, defaults filled in; without tasks, per-task values stay as given."""
     info = describe(name)

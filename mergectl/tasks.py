@@ -87,6 +87,8 @@ def own_tasks(path: Path | None) -> dict[str, Task]:
 
 def declared(specs: Mapping[str, Mapping[str, object]], path: Path) -> dict[str, Task]:
     """Turn the `tasks:` part of a recipe into tasks of the suite `files`."""
+    if not isinstance(specs, Mapping) or not all(isinstance(spec, Mapping) for spec in specs.values()):
+        raise UserError(f"{path}: 'tasks' must hold one mapping per task, each with the keys data, inputs and label.")
     module = plugins.load("benchmarks", FILES)
     return {name: replace(module.declare({"name": name, "folder": str(path.parent), **spec}), suite=FILES)
             for name, spec in specs.items()}  # fmt: skip

@@ -79,13 +79,16 @@ def print_table(
     `marks` styles whole rows ("bold", "dim", ...), so that groups of rows read apart.
     """
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=title or None, title_justify="left", header_style="bold")
+    table = Table(title=escape(title) or None, title_justify="left", header_style="bold")
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index < left else "right", overflow="fold", no_wrap=index == 0)
+        table.add_column(
+            escape(column), justify="left" if index < left else "right", overflow="fold", no_wrap=index == 0
+        )
     for index, row in enumerate(rows):
-        table.add_row(*(cell(value) for value in row), style=marks[index] if index < len(marks) else None)
+        table.add_row(*(escape(cell(value)) for value in row), style=marks[index] if index < len(marks) else None)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 

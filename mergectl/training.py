@@ -171,7 +171,7 @@ def arguments(config: FinetuneConfig, folder: Path, device: str) -> TrainingArgu
         eval_steps=config.eval_every or 1, save_steps=config.eval_every or 1, logging_steps=config.eval_every or 1,
         save_total_limit=1, load_best_model_at_end=True, metric_for_best_model="score", greater_is_better=True,
         restore_callback_states_from_checkpoint=True, remove_unused_columns=False, label_names=["labels"],
-        dataloader_pin_memory=device.startswith("cuda"), dataloader_num_workers=0,
+        dataloader_pin_memory=device.startswith("cuda"), dataloader_num_workers=0, ddp_find_unused_parameters=False,
         report_to="none", disable_tqdm=True, log_level="error",
     )  # fmt: skip
     if found.n_gpu > 1:

@@ -14,7 +14,7 @@ from mergectl.lab import Lab
 from mergectl.merge import MergeJob
 from mergectl.search import Plan, Trial, Verdict, check_sampler, claim, open_study, search
 from mergectl.space import Dimension, space
-from mergectl.verbs import Result, evaluate_model, merge_models, record_inputs
+from mergectl.verbs import Result, check_split, evaluate_model, merge_models, record_inputs, spare_inputs, task_version
 
 if TYPE_CHECKING:
     from mergectl.benchmarks._contract import Task
@@ -50,18 +50,22 @@ def search_settings(lab: Lab, job: SearchJob, out: Path, *, force: bool = False,
     fixed = dict(job.merge.recipe.settings)
     dimensions = space(settings, list(family.experts), ranges=job.ranges, fixed=fixed, per_task=job.per_task)
     tasks = lab.tasks(job.words or [family.task_ids[task] for task in family.experts])
+    check_split(tasks, job.split)
     plan = Plan(tuple(dimensions), fixed, job.sampler, job.trials, lab.seed)
     config = _config(lab, job, family, plan, tasks)
     if reuse and (done := lab.done("search", config, out=out)):
         return {"run": done["run_id"], "out": str(out), "again": True}
-    artefacts.check_free(out, force or reuse)
+    # An interrupted search may have written its model but not scored it: the same command finishes the work.
+    force = force or reuse or _interrupted(lab, config)
+    artefacts.check_free(out, force)
+    spare_inputs(family, out)
     question = _question(config, lab.seed)
     study_name = job.study or f"{job.merge.recipe.method}-{job.sampler}-{question[:8]}"
     with lab.start("search", config, study=study_name, name=out.name) as run:
         record_inputs(run, family)
         best = _run_study(lab, job, family, plan, tasks, run, study_name, question)
         final = replace(job.merge, recipe=replace(job.merge.recipe, settings=best.settings))
-        merged = merge_models(lab, final, out, force=force or reuse)
+        merged = merge_models(lab, final, out, force=force)
         run.artifact("model", str(out.absolute()), merged["digest"])
         scored = evaluate_model(lab, str(out), [t.id for t in tasks], split="report", batch_size=job.batch_size)
         run.metric("best_score", best.score, split=job.split)
@@ -70,13 +74,21 @@ def search_settings(lab: Lab, job: SearchJob, out: Path, *, force: bool = False,
         run.note("given", best.settings)
         run.note("settings", best.settings)
     return {
-        "run": run.id,
-        "out": str(out),
-        "study": study_name,
-        "best": best,
-        "report": scored["evaluation"],
+        "run": run.id, "out": str(out), "study": study_name, "best": best, "report": scored["evaluation"],
         "again": False,
-    }
+    }  # fmt: skip
+
+
+def _interrupted(lab: Lab, config: Mapping[str, Any]) -> bool:
+    """Whether this very search was begun before and never finished."""
+    from mergectl.store import digest_of
+
+    if not lab.store_path.exists():
+        return False
+    rows = lab.store.query(
+        "SELECT status FROM runs WHERE kind = 'search' AND config_digest = ?", [digest_of(config)]
+    ).rows
+    return bool(rows) and not any(status == "finished" for (status,) in rows)
 
 
 def _config(lab: Lab, job: SearchJob, family: Family, plan: Plan, tasks: Sequence[Task]) -> dict[str, Any]:
@@ -87,7 +99,7 @@ def _config(lab: Lab, job: SearchJob, family: Family, plan: Plan, tasks: Sequenc
         "space": {d.name: _described(d) for d in plan.dimensions},
         "sampler": plan.sampler,
         "trials": plan.trials,
-        "tasks": {task.id: task.version for task in tasks},
+        "tasks": {task.id: task_version(task) for task in tasks},
         "inputs": [{k: v for k, v in row.items() if k != "ref"} for row in family.inputs],
         "limit": job.limit,
         "split": job.split,
@@ -156,7 +168,7 @@ class Judge:
         heads = {family.task_ids[task]: expert for task, expert in family.experts.items()}
         self.live = open_live(family.base, tasks, heads=heads, device=lab.torch_device())
         how: dict[str, Any] = {"split": job.split, "data": lab.data, "limit": job.limit, "batch_size": job.batch_size}
-        self.benches = [make_bench(task, self.live.preparer, seed=lab.seed, **how) for task in tasks]
+        self.benches = [make_bench(task, self.live.preparer_of(task.id), seed=lab.seed, **how) for task in tasks]
         self.task_of = {family.task_ids[task]: task for task in family.experts}
         # Everything is read once; a trial then works in memory alone.
         self.base = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -33,6 +34,9 @@ def merge_models(lab: Lab, job: MergeJob, out: Path, *, force: bool = False, reu
     if reuse and (done := lab.done("merge", config, recipe.seed, out)):
         return {"run": done["run_id"], "out": str(out), "again": True}
     artefacts.check_free(out, force or reuse)
+    spare_inputs(family, out)
+    for note in family.population.notes:
+        lab.terminal.say(f"note: {note}")
     lab.torch_device()
     with lab.start("merge", config, seed=recipe.seed, name=out.name) as run:
         record_inputs(run, family)
@@ -45,10 +49,18 @@ def merge_models(lab: Lab, job: MergeJob, out: Path, *, force: bool = False, reu
     return {"run": run.id, "out": str(out), "digest": digest, "again": False}
 
 
+def spare_inputs(family: Family, out: Path) -> None:
+    """Refuse to put a merge in the place of one of the models it is made from, whatever `--force` says."""
+    for model in (family.base, *family.experts.values()):
+        if model.folder.resolve() == out.resolve():
+            raise UserError(f"{out} is one of the models to merge; the result would replace it. Choose another -o.")
+
+
 def merge_config(job: MergeJob, family: Family, recipe: Any) -> dict[str, Any]:
     """What decides a merge: recipe and content of the inputs, not where they lie."""
     inputs = [{k: v for k, v in row.items() if k != "ref"} for row in family.inputs]
-    return {**described(recipe), "dtype": job.dtype, "export": job.export, "inputs": inputs, "version": __version__}
+    output = {"dtype": job.dtype, "export": job.export, "shard_bytes": job.shard_bytes}
+    return {**described(recipe), **output, "inputs": inputs, "version": __version__}
 
 
 def record_inputs(run: Run, family: Family) -> None:
@@ -82,6 +94,7 @@ def evaluate_model(
     model = open_checkpoint(ref, lab.find_run)
     by_task = _borrowed(lab, heads)
     tasks = lab.tasks(words or list(by_task) or own_tasks_of(model))
+    check_split(tasks, split)
     config = _eval_config(lab, model, tasks, by_task, split, limit, dtype)
     if reuse and (done := lab.done("eval", config)):
         return {"run": done["run_id"], "again": True}
@@ -96,6 +109,13 @@ def evaluate_model(
             )  # fmt: skip
         record_scores(run, found, split if limit is None else f"{split}:{limit}")
     return {"run": run.id, "model": model.ref, "split": split, "evaluation": found, "again": False}
+
+
+def check_split(tasks: Sequence[Task], split: str) -> None:
+    """Refuse a split that a task does not have, before a model is loaded."""
+    for task in tasks:
+        if split not in task.parts:
+            raise UserError(f"{task.id} has no rows for '{split}', only for {', '.join(task.parts)}.")
 
 
 def _borrowed(lab: Lab, heads: Sequence[tuple[str | None, str]]) -> dict[str, Checkpoint]:
@@ -122,13 +142,22 @@ def _eval_config(
     return {
         "model": model.digest,
         "heads": {task: expert.digest for task, expert in heads.items()},
-        "tasks": {task.id: task.version for task in tasks},
+        "tasks": {task.id: task_version(task) for task in tasks},
         "split": split,
         "limit": limit,
         "dtype": dtype,
         "data": None if lab.data is None else str(lab.data.absolute()),
         "version": __version__,
     }
+
+
+def task_version(task: Task) -> int | str:
+    """What decides a task's rows: its version; for the user's own files what they hold and how they are read."""
+    if not task.files:
+        return task.version
+    content = {use: hashlib.sha256(Path(path).read_bytes()).hexdigest() for use, path in task.files.items()}
+    read = (content, task.kind, task.inputs, task.label, task.labels, task.metric, task.parts)
+    return hashlib.sha256(repr(read).encode()).hexdigest()
 
 
 def record_scores(run: Run, found: Evaluation, split: str) -> None:
@@ -186,7 +215,13 @@ def _finetune(
     )
     start = source.weights.digest if source.weights is not None else source.config
     data = None if lab.data is None else str(lab.data.absolute())
-    config = {**asdict(settings), "base": start, "task_version": task.version, "data": data, "version": __version__}
+    config = {
+        **asdict(settings),
+        "base": start,
+        "task_version": task_version(task),
+        "data": data,
+        "version": __version__,
+    }
     if reuse and (done := lab.done("finetune", config, out=out)):
         return {"run": done["run_id"], "task": task.id, "out": str(out), "again": True}
     artefacts.check_free(out, force or reuse)

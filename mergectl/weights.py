@@ -1,19 +1,22 @@
 """Read a model folder lazily, as a mapping from weight name to tensor.
 
-Nothing is loaded until a weight is asked for; files stay memory-mapped. Pickled `.bin` files are read with
-`weights_only=True` alone.
+Headers are checked at once, weights are read when asked for, by plain reads of their bytes. Pickled `.bin` files are
+read with `weights_only=True` alone.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergectl.digests import sha256
 from mergectl.errors import UserError
+from mergectl.headers import TORCH_TO_WORD, WORD_TO_TORCH, Entry, read_header
 
 if TYPE_CHECKING:
     import torch
@@ -32,41 +35,50 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         self._files = weight_files(folder, ref)
 
     @cached_property
-    def _where(self) -> dict[str, WeightFile]:
-        where: dict[str, WeightFile] = {}
-        for path in self._files:
+    def _file_of(self) -> dict[str, WeightFile]:
+        """Name -> the file that holds it; a name in two files, or not where the index says, is refused."""
+        found: dict[str, WeightFile] = {}
+        for path, listed in self._files.items():
             weights = WeightFile(path)
             for name in weights.header:
-                if name in where:
+                if name in found:
                     raise UserError(
-                        f"{self.ref}: weight '{name}' stands in both {where[name].path.name} and {path.name}."
+                        f"{self.ref}: weight '{name}' stands in both {found[name].path.name} and {path.name}."
                     )
-                where[name] = weights
-        if not where:
-            raise UserError(f"{self.ref}: {self._files[0].name} holds no weights.")
-        return where
+                found[name] = weights
+            if absent := next((name for name in listed if name not in weights.header), None):
+                raise UserError(f"{self.ref}: the index places weight '{absent}' in {path.name}, which has none such.")
+        if not found:
+            raise UserError(f"{self.ref}: {next(iter(self._files)).name} holds no weights.")
+        return found
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._where[name].read(name)
+        return self._file_of[name].read(name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._where)
+        return iter(self._file_of)
 
     def __len__(self) -> int:
-        return len(self._where)
+        return len(self._file_of)
 
     @property
     def names(self) -> list[str]:
         """Weight names, in file order."""
-        return list(self._where)
+        return list(self._file_of)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a weight, without reading it."""
-        return self._where[name].header[name][0]
+        return self._file_of[name].header[name].shape
 
     def dtype(self, name: str) -> str:
         """The safetensors word for a weight's type (`F32`, `BF16`, ...), without reading it."""
-        return self._where[name].header[name][1]
+        return self._file_of[name].header[name].dtype
+
+    def where(self, name: str) -> tuple[Path, int, int] | None:
+        """The file, first byte and number of bytes of a weight; None where no file holds it as it is."""
+        file = self._file_of[name]
+        entry = file.header[name]
+        return None if entry.start < 0 else (file.path, entry.start, entry.nbytes)
 
     @cached_property
     def digest(self) -> str:
@@ -77,8 +89,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         for path in parts:
             if path.is_file():
                 sha.update(path.name.encode())
-                with path.open("rb") as file:
-                    sha.update(hashlib.file_digest(file, "sha256").digest())
+                sha.update(sha256(path))
         return sha.hexdigest()
 
     @property
@@ -109,37 +120,39 @@ class WeightFile:
         self.header, self.read = opened
 
 
-_Header = dict[str, tuple[tuple[int, ...], str]]
+_Opened = tuple[dict[str, Entry], "Callable[[str], torch.Tensor]"]
 
 
-def _open_safetensors(path: Path) -> tuple[_Header, Callable[[str], torch.Tensor]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        file: Any = safe_open(path, framework="pt")  # the library is untyped
-        names = list(file.keys())
-        slices = {name: file.get_slice(name) for name in names}
-        header = {name: (tuple(s.get_shape()), str(s.get_dtype())) for name, s in slices.items()}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is not a whole safetensors file ({error}). Copy or download it again.") from error
-    return header, file.get_tensor
+def _open_safetensors(path: Path) -> _Opened:
+    header = read_header(path)
+    return header, lambda name: _read(path, name, header[name])
 
 
-_TORCH_TO_WORD = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
-    "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
-}  # fmt: skip
+def _read(path: Path, name: str, entry: Entry) -> torch.Tensor:
+    """Read one weight's bytes into a tensor of its own."""
+    import torch
+
+    raw = torch.empty(entry.nbytes, dtype=torch.uint8)
+    view, done = raw.numpy().data, 0
+    with path.open("rb", buffering=0) as file:
+        while done < entry.nbytes:
+            got = os.preadv(file.fileno(), [view[done:]], entry.start + done)
+            if got == 0:
+                raise UserError(f"{path} became shorter while weight '{name}' was read.")
+            done += got
+    tensor = raw.ne(0) if entry.dtype == "BOOL" else raw.view(getattr(torch, WORD_TO_TORCH[entry.dtype]))
+    return tensor.reshape(entry.shape)
 
 
-def _open_pickled(path: Path) -> tuple[_Header, Callable[[str], torch.Tensor]]:
+def _open_pickled(path: Path) -> _Opened:
     weights = _load_pickled(path)
-    if not isinstance(weights, dict) or not all(hasattr(w, "dtype") for w in weights.values()):
+    if not isinstance(weights, dict) or not all(isinstance(n, str) and hasattr(w, "dtype") for n, w in weights.items()):
         raise UserError(f"{path} holds something else than weights by name. Convert it to safetensors.")
     words = {name: str(w.dtype).removeprefix("torch.") for name, w in weights.items()}
     for name, word in words.items():
-        if word not in _TORCH_TO_WORD:
+        if word not in TORCH_TO_WORD or word.startswith("complex"):
             raise UserError(f"{path}: weight '{name}' is of the type {word}, which cannot be merged.")
-    header = {name: (tuple(w.shape), _TORCH_TO_WORD[words[name]]) for name, w in weights.items()}
+    header = {n: Entry(tuple(w.shape), TORCH_TO_WORD[words[n]], -1, w.numel() * w.itemsize) for n, w in weights.items()}
     return header, weights.__getitem__
 
 
@@ -158,28 +171,31 @@ def _load_pickled(path: Path) -> Any:
         ) from error
 
 
-def weight_files(folder: Path, ref: str) -> list[Path]:
-    """Find the weight files of a model folder, single or sharded; refuse an index that points outside it."""
+def weight_files(folder: Path, ref: str) -> dict[Path, list[str]]:
+    """Find the weight files of a model folder, single or sharded, with the names that an index places in each."""
     for single, index in ((SINGLE, INDEX), (PICKLED, PICKLED_INDEX)):
         if (folder / single).exists():
-            return [folder / single]
+            return {folder / single: []}
         if (folder / index).exists():
             return _shards(folder, index, ref)
     raise UserError(f"{ref} holds no weights: neither {SINGLE} nor {INDEX} is in {folder}.")
 
 
-def _shards(folder: Path, index: str, ref: str) -> list[Path]:
-    """The files that an index names, in its order."""
+def _shards(folder: Path, index: str, ref: str) -> dict[Path, list[str]]:
+    """The files that an index names, in its order; refuse an index that points outside the folder."""
     where = read_json(folder / index).get("weight_map")
     if not isinstance(where, dict) or not where:
         raise UserError(f"{folder / index} names no weights: its 'weight_map' should say in which file each one is.")
-    paths = []
-    for name in dict.fromkeys(map(str, where.values())):
+    paths: dict[Path, list[str]] = {}
+    for weight, name in ((weight, str(name)) for weight, name in where.items()):
+        if folder / name in paths:
+            paths[folder / name].append(weight)
+            continue
         if Path(name).name != name or name in ("", ".", ".."):
             raise UserError(f"{folder / index} names '{name}', which lies outside the folder.")
         if not (folder / name).is_file():
             raise UserError(f"{ref}: the shard {name} named in {index} is missing.")
-        paths.append(folder / name)
+        paths[folder / name] = [weight]
     return paths
 
 

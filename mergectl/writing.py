@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergectl import artefacts
-from mergectl.artefacts import SafetensorsWriter
 from mergectl.bits import pack_bits, packed_size
+from mergectl.checkpoints import Checkpoint
 from mergectl.families import Family, headed_prefix
+from mergectl.headers import FLOATING, WORD_TO_TORCH
+from mergectl.tensorfiles import SHARD_BYTES, ModelWriter, SafetensorsWriter, bytes_of
 from mergectl.terminal import Progress
+from mergectl.views import Renamed
 
 if TYPE_CHECKING:
     import torch
@@ -19,25 +22,89 @@ if TYPE_CHECKING:
     from mergectl.merging import Stream
 
 
-def write_shared(family: Family, stream: Stream, folder: Path, dtype: str, progress: Progress) -> None:
+@dataclass(frozen=True)
+class Form:
+    """How a result is written: the type of merged weights, whether of all others, too, and the size of a file."""
+
+    dtype: str
+    all: bool = False
+    shard_bytes: int = SHARD_BYTES
+
+    def dtypes(self, model: Checkpoint, names: Iterable[str], merged: Iterable[str]) -> dict[str, str]:
+        """The type in which each weight of a model is written."""
+        own = {name: model.dtype(name) for name in names}
+        chosen = [name for name in own if self.all and own[name] in FLOATING]
+        return own | dict.fromkeys((*chosen, *merged), self.dtype)
+
+
+def write_shared(family: Family, stream: Stream, folder: Path, form: Form, progress: Progress) -> None:
     """The shared backbone under the base's names, heads and what is kept per task beside it."""
-    base, names = family.base, family.population.base.own_name
-    shapes = {own: base.shape(own) for own in _kept_names(family)}
-    dtypes = {own: base.dtype(own) for own in shapes} | dict.fromkeys(names.values(), dtype)
-    with SafetensorsWriter(folder / "model.safetensors", shapes, dtypes) as writer, _Kept(folder, family) as kept:
+    base, population = family.base, family.population
+    names = population.base.own_name
+    shapes = _whole_shapes(family)
+    dtypes = form.dtypes(base, shapes, [*names.values(), *population.tied])
+    artefacts.check_space(folder, _needed(family, stream, shapes, dtypes))
+    repeats = {of: [own for own, source in population.tied.items() if source == of] for of in population.tied.values()}
+    with ModelWriter(folder, shapes, dtypes, form.shard_bytes) as writer, _Kept(folder, family) as kept:
         for done, piece in enumerate(stream, 1):
-            writer.write(names[piece.name], piece.weight)
+            weight = _whole(family, piece.name, piece.weight)
+            for own in (names[piece.name], *repeats.get(piece.name, ())):
+                writer.write(own, weight)
             kept.add(piece.name, piece.delta, piece.masks)
             progress(done, len(names), piece.name)
-        for own in family.population.carried:
-            if own in shapes:
-                writer.write(own, base[own])
+        for own in (name for name in population.carried if name in shapes):
+            writer.write(own, base[own])
     for task in family.experts:
         _write_head(family, task, folder / "tasks" / task, (stream.rescalers or {}).get(task))
-    artefacts.write_json(folder / "config.json", _shared_config(family))
-    artefacts.carry_files(base.folder, folder)
-    if not (folder / "tokenizer.json").exists():
-        artefacts.carry_files(next(iter(family.experts.values())).folder, folder)
+    artefacts.write_json(folder / "config.json", _shared_config(family, form.dtype))
+    artefacts.carry_files(folder, *_donors(family))
+
+
+def _whole_shapes(family: Family) -> dict[str, tuple[int, ...]]:
+    """Own name -> shape of all weights of the result, with the rows of grown vocabularies."""
+    base, view = family.base, family.population.base
+    shapes = {own: base.shape(own) for own in _kept_names(family)}
+    for name, rows in view.grown.items():
+        repeated = [own for own, of in family.population.tied.items() if of == name]
+        shapes |= {own: rows.cut(base.shape(own), rows.total) for own in (view.own_name[name], *repeated)}
+    return shapes
+
+
+def _whole(family: Family, name: str, weight: torch.Tensor) -> torch.Tensor:
+    """A merged weight with the rows that only some models have put back."""
+    import torch
+
+    population = family.population
+    rows = population.base.grown.get(name)
+    if rows is None:
+        return weight
+    owners = [(population.base if task is None else population.experts[task]) for task, _, _ in rows.parts]
+    kept = [owner.rows(name, *part[1:]).to(weight) for owner, part in zip(owners, rows.parts, strict=True)]
+    return torch.cat([weight, *kept], rows.dim)
+
+
+def _needed(family: Family, stream: Stream, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str]) -> int:
+    """How many bytes the result takes on disk."""
+    weights = sum(bytes_of(shape, dtypes[name]) for name, shape in shapes.items())
+    heads = sum(
+        bytes_of(family.experts[task].shape(name), family.experts[task].dtype(name))
+        for task, names in family.population.heads.items()
+        for name in names
+    )
+    merged = [shapes[own] for own in family.population.base.own_name.values()]
+    masked = stream.info.extra_bits > 0
+    kept = sum(bytes_of(x, "F32") + len(family.experts) * packed_size(x) for x in merged) if masked else 0
+    return weights + heads + kept
+
+
+def _donors(family: Family) -> list[Path]:
+    """Folders that may lend a tokenizer: the expert whose tokens the result has, the base, the other experts."""
+    grown = family.population.base.grown.values()
+    lender = next(
+        (task for rows in grown for task, _, end in rows.parts if task is not None and end == rows.total), None
+    )
+    first = [] if lender is None else [family.experts[lender].folder]
+    return [*first, family.base.folder, *(expert.folder for expert in family.experts.values())]
 
 
 def _kept_names(family: Family) -> list[str]:
@@ -49,8 +116,27 @@ def _kept_names(family: Family) -> list[str]:
     return [name for name in family.base.names if name not in heads and name.startswith(prefix)]
 
 
-def _shared_config(family: Family) -> dict[str, Any]:
-    return {key: value for key, value in family.base.config.items() if key not in ("_name_or_path",)}
+def _shared_config(family: Family, dtype: str) -> dict[str, Any]:
+    """The base's configuration with the result's type and vocabulary."""
+    config = typed({key: value for key, value in family.base.config.items() if key != "_name_or_path"}, dtype)
+    for rows in family.population.base.grown.values():
+        owner = config if "vocab_size" in config else config.get("text_config", {})
+        config = {**config, "vocab_size": rows.total} if owner is config else {
+            **config, "text_config": {**owner, "vocab_size": rows.total}
+        }  # fmt: skip
+    return config
+
+
+def typed(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """A configuration that says in which type its weights are, so that transformers loads them in it."""
+    word = WORD_TO_TORCH[dtype]
+    found = {key: typed(value, dtype) if isinstance(value, dict) and _has_type(value) else value
+             for key, value in config.items()}  # fmt: skip
+    return {**found, "torch_dtype" if "torch_dtype" in config else "dtype": word}
+
+
+def _has_type(config: Mapping[str, Any]) -> bool:
+    return config.get("dtype") is not None or config.get("torch_dtype") is not None
 
 
 class _Kept:
@@ -58,20 +144,26 @@ class _Kept:
 
     def __init__(self, folder: Path, family: Family) -> None:
         self.folder, self.family = folder, family
+        self.shapes = _whole_shapes(family)
         self.writers: list[SafetensorsWriter] = []
 
     def add(self, name: str, delta: torch.Tensor | None, masks: torch.Tensor | None) -> None:
+        """Write one weight's unified task vector and masks; nothing is kept in rows that are not merged."""
         if delta is None or masks is None:
             return
         if not self.writers:
             self._open()
+        rows = self.family.population.base.grown.get(name)
+        if rows is not None:
+            delta = _padded(delta, rows.dim, rows.total)
+            masks = _padded(masks, rows.dim + 1, rows.total)
         self.writers[0].write(name, delta)
         for writer, mask in zip(self.writers[1:], masks, strict=True):
             writer.write(name, pack_bits(mask))
 
     def _open(self) -> None:
-        view, base = self.family.population.base, self.family.base
-        shapes = {name: base.shape(own) for name, own in view.own_name.items()}
+        view = self.family.population.base
+        shapes = {name: self.shapes[own] for name, own in view.own_name.items()}
         packed = {name: (packed_size(shape),) for name, shape in shapes.items()}
         self.writers.append(
             SafetensorsWriter(self.folder / "unified.safetensors", shapes, dict.fromkeys(shapes, "F32"))
@@ -89,6 +181,14 @@ class _Kept:
             writer.__exit__(*error)
 
 
+def _padded(x: torch.Tensor, dim: int, rows: int) -> torch.Tensor:
+    """Zeros (False) in the rows behind the merged ones."""
+    import torch
+
+    missing = [*x.shape[:dim], rows - x.shape[dim], *x.shape[dim + 1 :]]
+    return torch.cat([x, x.new_zeros(missing)], dim)
+
+
 def _write_head(family: Family, task: str, folder: Path, rescaler: float | None) -> None:
     from safetensors.torch import save_file
 
@@ -103,65 +203,48 @@ def _write_head(family: Family, task: str, folder: Path, rescaler: float | None)
         "prefix": headed_prefix(expert),
         "expert": str(expert.ref),
         "expert_digest": expert.digest,
+        "max_length": (expert.meta.get("recipe") or {}).get("max_length"),
     }
     artefacts.write_json(folder / "task.json", record | ({} if rescaler is None else {"rescaler": rescaler}))
     artefacts.write_json(folder / "config.json", expert.config)
 
 
-def write_one_task(task: str, family: Family, stream: Stream, folder: Path, dtype: str, progress: Progress) -> None:
+def write_one_task(task: str, family: Family, stream: Stream, folder: Path, form: Form, progress: Progress) -> None:
     """The merged weights inside one expert's full model: its names, its head, its config."""
     expert, view = family.experts[task], family.population.experts[task]
     index = list(family.experts).index(task)
     shapes = {own: expert.shape(own) for own in expert.names}
-    dtypes = {own: expert.dtype(own) for own in expert.names}
-    dtypes |= dict.fromkeys(view.own_name.values(), dtype)
-    masked = {}
-    with SafetensorsWriter(folder / "model.safetensors", shapes, dtypes) as writer:
+    copies = family.population.copies.get(task, {})
+    dtypes = form.dtypes(expert, shapes, [*view.own_name.values(), *copies])
+    artefacts.check_space(folder, sum(bytes_of(shape, dtypes[name]) for name, shape in shapes.items()))
+    masked, rest = {}, set(expert.names)
+    with ModelWriter(folder, shapes, dtypes, form.shard_bytes) as writer:
+
+        def put(name: str, weight: torch.Tensor) -> None:
+            for own in (view.own_name[name], *(copy for copy, of in copies.items() if of == name)):
+                writer.write(own, _as_in(view, name, weight))
+                rest.remove(own)
+
         for done, piece in enumerate(stream, 1):
             if piece.masks is None or piece.delta is None:
-                writer.write(view.own_name[piece.name], piece.weight)
+                put(piece.name, piece.weight)
             else:  # the rescaler is known only after the last weight
                 masked[piece.name] = (piece.weight - piece.delta, piece.delta * piece.masks[index])
             progress(done, len(shapes), piece.name)
         for name, (start, delta) in masked.items():
-            writer.write(view.own_name[name], start + (stream.rescalers or {})[task] * delta)
-        for own in set(expert.names) - set(view.own_name.values()):
+            put(name, start + (stream.rescalers or {})[task] * delta)
+        for own in sorted(rest):
             writer.write(own, expert[own])
-    artefacts.write_json(folder / "config.json", expert.config)
-    artefacts.carry_files(expert.folder, folder)
+    artefacts.write_json(folder / "config.json", typed(expert.config, form.dtype))
+    artefacts.carry_files(folder, expert.folder)
 
 
-def write_records(
-    recipe: Mapping[str, Any], export: str | None, family: Family, folder: Path, facts: Mapping[str, Any]
-) -> None:
-    """The machine's record and the people's card."""
-    record = {
-        "kind": "merged" if export is None else "expert",
-        "recipe": recipe,
-        "inputs": list(family.inputs),
-        "tasks": family.task_ids,
-        **({} if export is None else _task_record(family, export)),
-        **facts,
-    }
-    artefacts.write_json(folder / "mergectl.json", record)
-    artefacts.write_text(folder / "README.md", card(recipe, family))
+def _as_in(view: Renamed, name: str, weight: torch.Tensor) -> torch.Tensor:
+    """A merged weight with the rows of its own that an expert has behind the common ones."""
+    import torch
 
-
-def _task_record(family: Family, task: str) -> dict[str, Any]:
-    meta = family.experts[task].meta
-    return {"task": family.task_ids[task], "labels": meta.get("labels"), "base": family.base.ref}
-
-
-def card(recipe: Mapping[str, Any], family: Family) -> str:
-    """The model card: what was merged from what, and how to use it."""
-    lines = [
-        "---", "library_name: transformers", "tags: [merge, mergectl]", "---", "",
-        f"# Merged with `{recipe['method']}`", "",
-        f"Base: `{family.base.ref if family.has_base else 'none'}`", "", "| task | expert |", "| --- | --- |",
-        *(f"| {family.task_ids[task]} | `{expert.ref}` |" for task, expert in family.experts.items()), "",
-        "Recipe:", "", "```json", json.dumps(recipe, indent=2, default=str), "```", "",
-        "The folder is a plain transformers checkpoint: `AutoModel.from_pretrained(folder)`. Each task's head is in",
-        "`tasks/<task>/head.safetensors`; `mergectl eval` puts it on by itself, and `mergectl merge ... --export TASK`",
-        "writes one stand-alone classifier.", "",
-    ]  # fmt: skip
-    return "\n".join(lines)
+    rows = view.grown.get(name)
+    if rows is None:
+        return weight
+    end = view.source.shape(view.own_name[name])[rows.dim]
+    return torch.cat([weight, view.rows(name, rows.common, end).to(weight)], rows.dim)

@@ -10,18 +10,25 @@
 [4.0, -4.0]
 >>> merge_weights("average", base, experts, combine="median")["w"].tolist()  # of two, the lower
 [2.0, -4.0]
+>>> merge_weights("average", base, experts, weight=[3.0, 1.0])["w"].tolist()  # (3 * 2 + 4) / 4, (3 * -4 + 3) / 4
+[2.5, -2.25]
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated
 
-from mergectl.methods import _kernels
-from mergectl.methods._contract import Merged, MethodError, OneOf, Weights
+from mergectl.methods import _kernels, _more_kernels
+from mergectl.methods._contract import Between, Merged, MethodError, OneOf, PerTask, Weights
 
 if TYPE_CHECKING:
+    import torch
+
     from mergectl.methods._task_vectors import TaskVectors
 
+BLOCKS = True  # element by element: the lab may hand over weights in blocks
 TITLE = "Weight averaging (model soups)"
 PAPER = "arXiv:2203.05482"
 NEUTRAL = {"combine": "mean"}
@@ -36,13 +43,32 @@ def merge(
     *,
     combine: Annotated[str, OneOf(COMBINE), "what is taken over the experts, element by element"] = "mean",
     on: Annotated[str, OneOf(["weights", "deltas"]), "average the weights themselves or the task vectors"] = "weights",
+    weight: Annotated[PerTask, Between(-10.0, 10.0), "weight of each expert in the mean"] = 1.0,
+    normalize: Annotated[bool, "divide by the sum of the weights"] = True,
 ) -> Merged:
     """Yield for each weight the experts' mean, lower median or largest entry."""
+    combined = weighted_mean(_kernels.per_task(weight, len(experts.tasks)), normalize, combine)
     if on == "weights":
         for name, x in experts.items():
-            yield name, COMBINE[combine](x)
+            yield name, combined(x)
         return
     if task_vectors is None or base is None:
         raise MethodError("average with on=deltas needs the base the experts came from. Give one, or use on=weights.")
     for name, x in task_vectors.items():
-        yield name, base[name] + COMBINE[combine](x)
+        yield name, base[name] + combined(x)
+
+
+def weighted_mean(weights: Sequence[float], normalize: bool, combine: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return the function over the experts: one of the table, or for unequal weights the weighted mean."""
+    if len(set(weights)) == 1 and weights[0] != 0 and normalize:
+        return COMBINE[combine]
+    if combine != "mean":
+        raise MethodError(f"Weights and normalize are for combine=mean, got combine={combine}.")
+    factors = _more_kernels.shares(weights) if normalize else weights
+    if factors is None:
+        raise MethodError("The weights of the experts add up to zero. Change them, or set normalize to false.")
+    return functools.partial(_scaled_sum, factors)
+
+
+def _scaled_sum(factors: Sequence[float], x: torch.Tensor) -> torch.Tensor:
+    return _kernels.weighted_total(x, factors).to(x.dtype)

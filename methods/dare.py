@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 
-from mergectl.methods import _kernels
+from mergectl.methods import _kernels, _more_kernels
 from mergectl.methods._contract import Between, MethodError, OneOf, PerTask, Rng, Weights
 
 if TYPE_CHECKING:
     from mergectl.methods._task_vectors import TaskVectors
 
+BLOCKS = {"strategy": ["random"], "rescale_to": ["expected"]}  # the settings under which weights may come in blocks
 TITLE = "DARE (drop and rescale)"
 PAPER = "arXiv:2311.03099"
 NEUTRAL = {"drop": 0.0}
@@ -57,8 +58,11 @@ def refine(
     masks: Mapping[str, Weights] | None = None,
     *,
     drop: Annotated[PerTask, Between(0.0, 1.0, high_open=True, search=(0.0, 0.95)), "share of entries dropped"] = 0.9,
-    rescale: Annotated[bool, "divide the rest by 1 - drop, which keeps the expected value"] = True,
+    rescale: Annotated[bool, "rescale the rest: divide it by 1 - drop, unless rescale_to says otherwise"] = True,
     strategy: Annotated[str, OneOf(STRATEGIES), "drop at random, or the smallest of each weight"] = "random",
+    rescale_to: Annotated[str, OneOf(["expected", "l1"]), "keep the expected value, or the sum of magnitudes"] = (
+        "expected"
+    ),
 ) -> TaskVectors:
     """Return task vectors with entries dropped; given masks are used instead of drawing any."""
     drops = _kernels.per_task(drop, len(task_vectors.tasks))
@@ -67,7 +71,9 @@ def refine(
         rows = []
         for task, row, share in zip(task_vectors.tasks, x, drops, strict=True):
             kept = STRATEGIES[strategy](row, share, rng(task, name)) if masks is None else given(masks, task, name, row)
-            rows.append(torch.where(kept, row, 0) / (1 - share if rescale else 1.0))
+            rest = torch.where(kept, row, 0)
+            by_mass = rescale and rescale_to == "l1"
+            rows.append(_more_kernels.to_mass(rest, row) if by_mass else rest / (1 - share if rescale else 1.0))
         return torch.stack(rows)
 
     return task_vectors.map(drop_entries)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 TITLE = "EMR-Merging"
 PAPER = "arXiv:2405.17461"
 NEUTRAL: dict[str, str] = {}
+BLOCKS = True
 EXTRA_BITS = 1  # the mask; besides, one more vector and one number per task
 
 # How much one weight counts: every tensor alike (as in all published figures), or every element alike (as printed).
@@ -52,7 +53,7 @@ def merge(
     sizes: list[list[tuple[float, float]]] = [[] for _ in task_vectors.tasks]
     for name, x in task_vectors.items():
         unified, masks = elect(x)
-        share = RESCALERS[rescaler](max(unified.numel(), 1))
+        share = RESCALERS[rescaler](max(task_vectors.sizes[name], 1))
         for number, (row, mask) in enumerate(zip(x, masks, strict=True)):
             sizes[number].append((share * size(row), share * size(mask * unified)))
         yield name, unified, masks

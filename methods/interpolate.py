@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 TITLE = "Linear interpolation of base and expert (WiSE-FT)"
 PAPER = "arXiv:2109.01903"
 NEUTRAL = {"alpha": 1.0}
+BLOCKS = True  # element by element: the lab may hand over weights in blocks
 LINEAR = ("alpha",)
 EXPERTS = (1, 1)
 

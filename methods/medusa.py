@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 TITLE = "Medusa (elected mean)"
 PAPER = "github.com/PKU-ASE-RISE/medusa"
 NEUTRAL: dict[str, float] = {"scale": 1.0}
+BLOCKS = True  # element by element: the lab may hand over weights in blocks
 LINEAR = ("scale",)
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 TITLE = "Task arithmetic"
 PAPER = "arXiv:2212.04089"
 NEUTRAL = {"scale": Split(1.0)}
+BLOCKS = True  # element by element: the lab may hand over weights in blocks
 LINEAR = ("scale",)
 
 

@@ -10,6 +10,10 @@
 >>> # per tensor only 4 - floor(4 * 0.75) = 1 entry is kept
 >>> merge_weights("ties_tensor", base, experts, density=0.25, scale=2.0)["w"].tolist()
 [0.0, 0.0, 0.0, 10.0]
+>>> # weighted 2, -4, 6, 8 and 3, 5, -1, 6: signs + + + +; divided by the weights that agree: 3, 1, 2, 3
+>>> w = merge_weights("ties", base, experts, trim="none", weight=[2.0, 1.0])["w"]
+>>> [round(v, 4) for v in w.tolist()]
+[1.6667, 5.0, 3.0, 4.6667]
 """
 
 from __future__ import annotations
@@ -21,12 +25,13 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import torch
 
-from mergectl.methods import _kernels
+from mergectl.methods import _kernels, _more_kernels
 from mergectl.methods._contract import Between, Merged, MethodError, OneOf, PerTask, Weights
 
 if TYPE_CHECKING:
     from mergectl.methods._task_vectors import TaskVectors
 
+BLOCKS = {"scope": ["model"], "compat": [False]}  # the settings under which weights may come in blocks
 TITLE = "TIES-Merging"
 PAPER = "arXiv:2306.01708"
 NEUTRAL = {"trim": "none", "scale": 1.0}
@@ -43,6 +48,7 @@ class Trimming:
     by_tensor: bool
     round_up: bool
     compat: bool
+    exact: bool
 
 
 def top_entries(part: TaskVectors, how: Trimming) -> TaskVectors:
@@ -50,13 +56,16 @@ def top_entries(part: TaskVectors, how: Trimming) -> TaskVectors:
 
     With K the density and d the number of elements: the whole model keeps floor(dK) + 1 and all that equal the
     last one; a single tensor keeps what is strictly above the floor(d(1-K))-th smallest, d - floor(d(1-K)) entries.
+    With `exact` either keeps floor(dK), at least one, and all that equal the last one.
     """
     d = part.numel
     ranks = [_kernels.count_share(share, d) + 1 if share > 0 else 0 for share in how.density]
-    if how.by_tensor or how.round_up:
+    if how.exact:
+        ranks = [max(1, _kernels.count_share(share, d)) if share > 0 else 0 for share in how.density]
+    elif how.by_tensor or how.round_up:
         ranks = [d - _kernels.count_share(1 - share, d) + 1 if share > 0 else 0 for share in how.density]
     floors = part.kth_magnitude(ranks)
-    return part.map(lambda name, x: _kernels.keep_top(x, floors, strictly=how.by_tensor))
+    return part.map(lambda name, x: _kernels.keep_top(x, floors, strictly=how.by_tensor and not how.exact))
 
 
 def outliers(part: TaskVectors, how: Trimming) -> TaskVectors:
@@ -118,19 +127,28 @@ def merge(
     threshold: Annotated[float, Between(0.0, 10.0, search=(0.5, 1.0)), "standard deviations, or share of energy"] = 0.9,
     elect: Annotated[str, OneOf([*ELECT, "none"]), "how the sign of each weight is elected"] = "mass",
     combine: Annotated[str, OneOf([*AGREEING, *PLAIN]), "what is taken of the entries that are left"] = "disjoint_mean",
-    zero_sign: Annotated[str, OneOf(["majority", "zero"]), "what a drawn election gives"] = "majority",
+    zero_sign: Annotated[str, OneOf(["majority", "zero", "plus"]), "what a drawn election gives"] = "majority",
     round_up: Annotated[bool, "scope model: keep ceil(dK) + 1 entries, not floor(dK) + 1"] = False,
     compat: Annotated[bool, "trim energy: also keep the last coordinate, as the original code does"] = False,
+    weight: Annotated[PerTask, Between(-10.0, 10.0), "of each task, before the election"] = 1.0,
+    exact: Annotated[bool, "trim topk: keep floor(dK) entries, at least one, and what equals the last"] = False,
 ) -> Merged:
     """Yield for each weight what the trimmed task vectors agree on; given signs are used instead of electing."""
     if elect == "none" and signs is None and combine == "disjoint_max":
         raise MethodError("combine=disjoint_max needs an election. Choose elect=mass, or combine=magnitude.")
-    how = Trimming(_kernels.per_task(density, len(task_vectors.tasks)), threshold, scope == "tensor", round_up, compat)
+    tasks = len(task_vectors.tasks)
+    how = Trimming(_kernels.per_task(density, tasks), threshold, scope == "tensor", round_up, compat, exact)
+    weights = None if weight == 1.0 else _kernels.per_task(weight, tasks)
     for part in [task_vectors.only([name]) for name in task_vectors] if how.by_tensor else [task_vectors]:
-        trimmed = TRIM[trim](part, how)
+        trimmed = weighed(TRIM[trim](part, how), weights)
         sign_of = elected(trimmed, elect, zero_sign, signs)
         for name, x in trimmed.items():
-            yield name, scale * combined(x, combine, None if sign_of is None else sign_of(name, x))
+            yield name, scale * combined(x, combine, None if sign_of is None else sign_of(name, x), weights)
+
+
+def weighed(trimmed: TaskVectors, weights: list[float] | None) -> TaskVectors:
+    """Multiply each task vector by its weight."""
+    return trimmed if weights is None else trimmed.map(lambda name, x: x * _kernels.column(weights, x))
 
 
 def elected(
@@ -154,7 +172,7 @@ def elected(
         # Where nothing is left the sign does not matter, so the pass over the model is made only for a real draw.
         if zero_sign == "majority" and bool(((sign == 0) & _kernels.any_left(x)).any()):
             sign = torch.where(sign == 0, float(majority()), sign)
-        return sign
+        return torch.where(sign == 0, 1.0, sign) if zero_sign == "plus" else sign
 
     return sign_of
 
@@ -169,8 +187,12 @@ def given(signs: Weights, name: str, x: torch.Tensor) -> torch.Tensor:
     return sign
 
 
-def combined(x: torch.Tensor, combine: str, sign: torch.Tensor | None) -> torch.Tensor:
+def combined(
+    x: torch.Tensor, combine: str, sign: torch.Tensor | None, weights: list[float] | None = None
+) -> torch.Tensor:
     """Return what the table's function makes of the entries; the plain ones get the elected sign."""
+    if combine == "disjoint_mean" and weights is not None:
+        return _more_kernels.weighted_agreeing_mean(x, weights, sign)
     if combine in AGREEING:
         return AGREEING[combine](x, sign)
     return PLAIN[combine](x) if sign is None else PLAIN[combine](x).abs() * sign

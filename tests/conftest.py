@@ -10,8 +10,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import hypothesis
 import pytest
 import torch
+
+# A busy machine is no failure: examples are limited in number, not in time.
+hypothesis.settings.register_profile("ours", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("ours")
 
 torch.set_num_threads(1)
 
@@ -23,6 +28,7 @@ def own_lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Work in a fresh folder, with no settings from outside."""
     for name in ("MERGECTL_STORE", "MERGECTL_DATA", "MERGECTL_TASKS", "MERGECTL_PLUGINS"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path.parent / f"{tmp_path.name}-cache"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

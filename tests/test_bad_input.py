@@ -44,6 +44,16 @@ def test_an_unknown_method(cli: Cli, capsys: Capture, population: Path) -> None:
     assert err == "Error: No method 'tiess'. Did you mean 'ties'?\n"
 
 
+def test_the_list_of_methods_says_which_files_of_the_users_are_none(cli: Cli, capsys: Capture) -> None:
+    Path("lab/methods").mkdir(parents=True)
+    Path("lab/methods/broken.py").write_text("def merge(:\n")
+    Path("lab/methods/ties.py").write_text('"""Mine."""\n')
+    assert cli("merge", "--help") == 0
+    found = capsys.readouterr()
+    assert "broken.py:1: cannot be loaded (SyntaxError" in found.err and "task_arithmetic" in found.out
+    assert "ties.py: not used, since 'ties' is already the name of methods/ties.py" in found.err
+
+
 def test_an_unknown_setting(cli: Cli, capsys: Capture, population: Path) -> None:
     err = refused(cli, capsys, "merge", "ties", "--densty", "1", "--experts", population / "parity", "-o", "out")
     assert "--densty" in err and "--density" in err
@@ -101,6 +111,19 @@ def test_an_expert_of_another_architecture(
     assert "no fine-tuned copy" in refused(cli, capsys, *merge_words(population, odd))
 
 
+def test_experts_of_two_bases(
+    cli: Cli, capsys: Capture, population: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("two_bases")
+    experts = [tiny.change(population / task, folder / task, lambda w: w) for task in ("parity", "loop")]
+    for expert, base in zip(experts, ("one", "two"), strict=True):
+        record = json.loads((expert / "mergectl.json").read_text())
+        (expert / "mergectl.json").write_text(json.dumps({**record, "base": base, "base_digest": f"digest of {base}"}))
+    err = refused(cli, capsys, "merge", "task_arithmetic", "--experts", *experts, "-o", "out")
+    assert "Expert 'parity' was fine-tuned from one, 'loop' from another model (two)." in err
+    assert cli("merge", "task_arithmetic", "--base", population / "base", "--experts", *experts, "-o", "out") == 0
+
+
 def test_a_truncated_file(
     cli: Cli, capsys: Capture, population: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -149,6 +172,41 @@ def test_a_single_expert_is_fine_where_it_makes_sense(cli: Cli, population: Path
 def test_an_output_folder_that_exists(cli: Cli, capsys: Capture, population: Path) -> None:
     Path("out").mkdir()
     assert "--force" in refused(cli, capsys, *merge_words(population, population / "parity"))
+
+
+@pytest.mark.parametrize("verb", ["merge", "search"])
+def test_force_does_not_replace_a_model_that_is_merged(
+    cli: Cli, capsys: Capture, population: Path, tmp_path: Path, verb: str
+) -> None:
+    tiny.change(population / "parity", tmp_path / "mine", lambda w: w)
+    words = [verb, "average", "--base", population / "base", "--experts", "mine", population / "loop"]
+    words += ["--range", "combine=mean,median"] if verb == "search" else []
+    before = Path("mine/model.safetensors").read_bytes()
+    err = refused(cli, capsys, *words, "-o", tmp_path / "mine", "--force")
+    assert "is one of the models to merge" in err and Path("mine/model.safetensors").read_bytes() == before
+
+
+def test_a_pattern_that_no_weight_fits(cli: Cli, capsys: Capture, population: Path) -> None:
+    words = merge_words(population, population / "parity", population / "loop")
+    err = refused(cli, capsys, *words, "--scale", "*.atention.*=0.5")
+    assert "No weight is called '*.atention.*'" in err
+
+
+def test_a_value_per_task_of_a_setting_that_cannot_differ(cli: Cli, capsys: Capture, population: Path) -> None:
+    words = ["merge", "ties", "--base", population / "base", "--experts", population / "parity", population / "loop"]
+    err = refused(cli, capsys, *words, "-o", "out", "--scale", "parity=0.5")
+    assert "No weight is called 'parity'" in err and "scale cannot differ per task" in err
+
+
+def test_an_unknown_split(cli: Cli, capsys: Capture, population: Path) -> None:
+    err = refused(cli, capsys, "eval", population / "parity", "--split", "repot")
+    assert err == "Error: digits/parity has no rows for 'repot', only for fit, tune, report.\n"
+
+
+def test_a_recipe_beside_a_method(cli: Cli, capsys: Capture, population: Path) -> None:
+    Path("recipe.yaml").write_text("method: ties\nexperts: [a, b]\n")
+    words = ["ties", "--experts", population / "parity", "-o", "out"]
+    assert "Leave out 'ties'" in refused(cli, capsys, "merge", "-c", "recipe.yaml", *words)
 
 
 def test_force_does_not_replace_what_is_no_model(cli: Cli, capsys: Capture, population: Path) -> None:

@@ -44,11 +44,12 @@ def asked(cli: Cli, capsys: Capture, sql: str) -> list[dict[str, Any]]:
 def test_a_merged_model_wears_the_head_of_each_task(cli: Cli, capsys: Capture, population: Path, method: str) -> None:
     merged(cli, population, method=method)
     alone: dict[str, float] = {}
-    for task in TASKS:
-        merged(cli, population, "--export", task, "--force", "-o", f"only/{task}", method=method)
+    for task in ("parity", "digit"):
+        merged(cli, population, "--export", task, "-o", f"only/{task}", method=method)
         alone |= scores(cli, capsys, f"only/{task}")
-    assert scores(cli, capsys, "m") == alone
-    assert set(alone) == {f"digits/{task}" for task in TASKS}
+    together = scores(cli, capsys, "m")
+    assert set(together) == {f"digits/{task}" for task in TASKS}
+    assert {task: together[task] for task in alone} == alone
 
 
 def test_the_base_borrows_the_heads_it_is_given(cli: Cli, capsys: Capture, population: Path) -> None:
@@ -166,6 +167,6 @@ def test_an_unknown_dtype(cli: Cli, capsys: Capture, population: Path) -> None:
 def test_the_seed_decides_which_rows_a_limit_draws(cli: Cli, capsys: Capture, population: Path) -> None:
     words = [population / "digit", "--limit", 60]
     first, again = scores(cli, capsys, *words), scores(cli, capsys, *words)
-    others = [scores(cli, capsys, *words, "--seed", seed) for seed in (1, 2, 3)]
+    others = [scores(cli, capsys, *words, "--seed", seed) for seed in (1, 2)]
     assert first == again
     assert any(other != first for other in others)

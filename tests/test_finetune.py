@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from mergectl.bench import logits, make_bench
+from mergectl.benchmarks._contract import BenchmarkError
 from mergectl.errors import UserError, WorkError
 from mergectl.evaluate import evaluate
 from mergectl.finetune import FinetuneConfig, finetune
@@ -176,6 +177,13 @@ def test_nothing_is_left_beside_a_finished_expert(vit: Path, tmp_path: Path) -> 
     assert [path.name for path in tmp_path.iterdir()] == ["expert"]
 
 
+def test_a_training_that_could_not_begin_leaves_nothing(vit: Path, tmp_path: Path) -> None:
+    task = replace(tiny.SHADE, parts={"fit": tiny.SHADE.parts["fit"]})
+    with pytest.raises(BenchmarkError, match="no rows for 'tune'"):
+        train(config(vit, epochs=1), tmp_path / "experts" / "shade", task)
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_existing_folder_is_refused_before_any_training(vit: Path, tmp_path: Path) -> None:
     steps: list[int] = []
     train(config(vit, epochs=1), tmp_path / "expert")
@@ -237,6 +245,13 @@ def test_patience_ends_a_training_that_gets_no_better(vit: Path, tmp_path: Path)
     assert result["steps"] == 3 * 6
 
 
+def test_patience_is_not_renewed_by_an_interruption(vit: Path, tmp_path: Path) -> None:
+    settings = config(vit, epochs=20, lr=1e-9, patience=2)
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, tmp_path / "expert", progress=stop_at(14))
+    assert train(settings, tmp_path / "expert")["steps"] == 3 * 6
+
+
 def test_accumulated_parts_weigh_as_much_as_one_batch(vit: Path, tmp_path: Path) -> None:
     train(config(vit, epochs=1, batch_size=16), tmp_path / "one")
     train(config(vit, epochs=1, batch_size=4, accumulation=4), tmp_path / "parts")
@@ -260,6 +275,26 @@ def test_batches_by_length_hold_every_row_once_in_an_order_of_their_own_each_epo
     assert sorted(first) == sorted(second) == list(range(len(lengths)))
     assert first != second
     assert max(spread) <= 3
+
+
+@pytest.mark.parametrize("task", [tiny.MOOD, tiny.NUMBER], ids=lambda task: task.name)
+def test_parts_of_unequal_size_weigh_by_their_rows(task: Any, tmp_path: Path) -> None:
+    base = tiny.base(tmp_path / "base", "deberta-v2")  # without dropout, the loss of one step is that of the base
+    settings = json.loads((base / "config.json").read_text())
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "pooler_dropout": 0.0}
+    (base / "config.json").write_text(json.dumps(settings | still))
+    facts: dict[str, Any] = {"epochs": 1, "limit_fit": 10}
+    whole = train(config(base, **facts, batch_size=16), tmp_path / "one", task)
+    parts = train(config(base, **facts, batch_size=4, accumulation=4), tmp_path / "parts", task)
+    assert (parts["steps"], parts["curve"][0]["loss"]) == (1, pytest.approx(whole["curve"][0]["loss"], rel=1e-5))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "vit"])
+def test_an_experts_configuration_says_of_the_cache_what_the_base_says(family: str, tmp_path: Path) -> None:
+    base = tiny.base(tmp_path / "base", family)
+    train(config(base, epochs=1), tmp_path / "expert", tiny.task_for(family))
+    start, after = (json.loads((folder / "config.json").read_text()) for folder in (base, tmp_path / "expert"))
+    assert after.get("use_cache") == start.get("use_cache")
 
 
 def test_limits_cut_the_rows(vit: Path, tmp_path: Path) -> None:

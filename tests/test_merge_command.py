@@ -196,6 +196,19 @@ def test_a_recipe_file_merges_as_the_options_do(cli: Cli, population: Path) -> N
     assert Path("from_file/model.safetensors").read_bytes() == Path("from_words/model.safetensors").read_bytes()
 
 
+def test_options_of_every_command_go_with_a_recipe_and_before_a_method(cli: Cli, population: Path) -> None:
+    experts = [str(population / task) for task in ("parity", "loop")]
+    recipe = {"method": "dare_ties", "base": str(population / "base"), "experts": experts, "seed": 7}
+    Path("recipe.yaml").write_text(json.dumps(recipe))
+    words = ["--base", population / "base", "--experts", *experts]
+    assert cli("merge", "--quiet", "-c", "recipe.yaml", "-o", "seven", "--device", "cpu", "--threads", "1") == 0
+    assert cli("--seed", "0", "merge", "-c", "recipe.yaml", "-o", "zero") == 0
+    assert cli("merge", "--seed", "7", "dare_ties", *words, "-o", "by_words") == 0
+    seeds = {name: json.loads(Path(name, "mergectl.json").read_text())["recipe"]["seed"] for name in ("seven", "zero")}
+    assert seeds == {"seven": 7, "zero": 0}
+    assert Path("by_words/model.safetensors").read_bytes() == Path("seven/model.safetensors").read_bytes()
+
+
 def test_the_result_appears_in_the_store_with_its_parents(
     cli: Cli, population: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -208,6 +221,15 @@ def test_the_result_appears_in_the_store_with_its_parents(
         {"role": "expert", "task": "digits/loop"},
         {"role": "expert", "task": "digits/parity"},
     ]
+
+
+def test_the_base_is_named_by_whichever_expert_knows_it(cli: Cli, population: Path, tmp_path: Path) -> None:
+    tiny.change(population / "parity", tmp_path / "stray", lambda w: w)
+    (tmp_path / "stray" / "mergectl.json").unlink()
+    words = ["--experts", "parity=stray", population / "loop"]
+    assert cli("merge", "task_arithmetic", *words, "-o", "found") == 0
+    assert cli("merge", "task_arithmetic", *words, "--base", population / "base", "-o", "told") == 0
+    assert Path("found/model.safetensors").read_bytes() == Path("told/model.safetensors").read_bytes()
 
 
 def test_a_merge_without_a_base_needs_none(cli: Cli, population: Path, tmp_path: Path) -> None:

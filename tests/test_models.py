@@ -14,7 +14,7 @@ from PIL import Image
 
 from mergectl.errors import UserError
 from mergectl.models import build, model_config, open_source, pick_device, preparer_for
-from mergectl.naming import live_names, live_tensors
+from mergectl.naming import live_names, live_tensors, match
 from mergectl.preprocess import ImagePreparer, TextPreparer
 from tests import tiny_models as tiny
 
@@ -74,6 +74,11 @@ def test_names_are_those_that_transformers_writes(family: str, tmp_path: Path) -
     folder, task = tiny.expert(tmp_path, family), tiny.task_for(family)
     model = build(open_source(folder), task)
     assert set(live_names(model)) == set(stored(folder))
+
+
+@pytest.mark.parametrize("names", [["bert.norm.bias", "norm.bias"], ["norm.bias", "bert.norm.bias"]])
+def test_of_two_spellings_of_one_weight_the_full_one_counts(names: list[str]) -> None:
+    assert match(names, {"bert.norm.bias": None}, "bert") == ({"bert.norm.bias": "bert.norm.bias"}, [])
 
 
 def test_half_precision_weights_are_trained_in_float32(tmp_path: Path) -> None:

@@ -129,11 +129,14 @@ def test_a_model_that_was_deleted_is_made_again(cli: Cli, capsys: Capture, ran: 
     assert more(cli, capsys) == {"merge": 1}
 
 
-def test_a_pipeline_under_another_name_stands_on_its_own(cli: Cli, capsys: Capture, ran: Path) -> None:
-    shutil.copy("small.yaml", "other.yaml")
-    assert cli("run", "other.yaml") == 0
-    assert (ran / "lab/runs/other/found/config.json").exists()
-    assert kinds(cli, capsys)["finetune"] == 4
+def test_a_pipeline_under_another_name_stands_on_its_own(cli: Cli, capsys: Capture, population: Path) -> None:
+    experts = [str(population / task) for task in ("parity", "loop")]
+    merge = {"method": "average", "base": str(population / "base"), "experts": experts, "out": "merged"}
+    steps = [{"merge": merge}, {"eval": {"models": ["@merged"], "limit": 20}}]
+    for name in ("one", "other"):
+        assert cli("run", write({"title": "Short", "steps": steps}, f"{name}.yaml")) == 0
+        assert Path(f"lab/runs/{name}/merged/config.json").exists()
+    assert kinds(cli, capsys) == {"merge": 2, "eval": 1}
 
 
 def test_a_merge_made_by_hand_does_not_stand_in_for_a_step(

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -60,10 +64,18 @@ def values(seen: list[Trial]) -> list[tuple[int, dict[str, Any], float]]:
     return [(trial.number, trial.settings, trial.score) for trial in seen]
 
 
-@pytest.mark.parametrize("stop", [1, 8, 13])
+@pytest.fixture(scope="module")
+def in_one_go(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Trial]]:
+    """What a sampler tries when nobody interrupts it."""
+    return functools.cache(lambda sampler: go(tmp_path_factory.mktemp("whole"), plan(sampler), Asked())[1])
+
+
+@pytest.mark.parametrize("stop", [1, 13])
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_an_interrupted_search_goes_on_as_if_nothing_had_happened(sampler: str, stop: int, tmp_path: Path) -> None:
-    whole = go(tmp_path / "whole", plan(sampler), Asked())[1]
+def test_an_interrupted_search_goes_on_as_if_nothing_had_happened(
+    sampler: str, stop: int, tmp_path: Path, in_one_go: Callable[[str], list[Trial]]
+) -> None:
+    whole = in_one_go(sampler)
     first, second = Asked(stop_at=stop), Asked()
     with pytest.raises(KeyboardInterrupt):
         go(tmp_path / "halves", plan(sampler), first)
@@ -74,8 +86,10 @@ def test_an_interrupted_search_goes_on_as_if_nothing_had_happened(sampler: str, 
 
 
 @pytest.mark.parametrize("sampler", ["random", "tpe", "cmaes"])
-def test_more_trials_continue_the_same_path(sampler: str, tmp_path: Path) -> None:
-    whole = go(tmp_path / "whole", plan(sampler), Asked())[1]
+def test_more_trials_continue_the_same_path(
+    sampler: str, tmp_path: Path, in_one_go: Callable[[str], list[Trial]]
+) -> None:
+    whole = in_one_go(sampler)
     go(tmp_path / "parts", plan(sampler, trials=7), Asked())
     more = Asked()
     assert values(go(tmp_path / "parts", plan(sampler), more)[1]) == values(whole)
@@ -87,6 +101,11 @@ def test_another_seed_takes_another_path(sampler: str, tmp_path: Path) -> None:
     one = go(tmp_path / "one", plan(sampler, 3), Asked())[1]
     two = go(tmp_path / "two", plan(sampler, 3, seed=1), Asked())[1]
     assert all(a.settings != b.settings for a, b in zip(one, two, strict=True))
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe", "cmaes"])
+def test_no_candidate_comes_twice(sampler: str, in_one_go: Callable[[str], list[Trial]]) -> None:
+    assert len({tuple(trial.settings.values()) for trial in in_one_go(sampler)}) == 16
 
 
 def test_trials_left_running_by_a_dead_process_are_failed_and_tried_again(tmp_path: Path) -> None:
@@ -219,8 +238,12 @@ def test_cmaes_respects_steps_and_whole_numbers() -> None:
 TRIALS = "select trial, status, study from runs where kind = 'trial' order by trial, status"
 
 
+TASKS = ("parity", "loop", "digit")
+SMALL: list[object] = ["--trials", 4, "--limit", 30, "--per-task", "scale"]
+
+
 def words(population: Path, *more: object, method: str = "task_arithmetic") -> list[object]:
-    experts = [population / task for task in ("parity", "loop", "digit")]
+    experts = [population / task for task in TASKS]
     return ["search", method, "--base", population / "base", "--experts", *experts, "-o", "best", *more]
 
 
@@ -231,26 +254,78 @@ def asked(cli: Cli, capsys: Capture, sql: str) -> list[dict[str, Any]]:
     return found
 
 
-def test_a_search_leaves_a_row_per_trial_and_one_of_its_own(cli: Cli, capsys: Capture, population: Path) -> None:
-    assert cli("--json", *words(population, "--trials", 4, "--limit", 30)) == 0
-    told = json.loads(capsys.readouterr().out)
+@pytest.fixture(scope="module")
+def done(population: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which a search has ended; `told.json` is what it printed."""
+    from mergectl.cli import main
+
+    folder, before = tmp_path_factory.mktemp("done"), Path.cwd()
+    os.chdir(folder)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            assert main(["--json", *map(str, words(population, *SMALL))]) == 0
+    finally:
+        os.chdir(before)
+    (folder / "told.json").write_text(out.getvalue())
+    return folder
+
+
+@pytest.fixture
+def told(done: Path, tmp_path: Path) -> dict[str, Any]:
+    """Work in a copy of that folder; what the search printed."""
+    shutil.copytree(done, tmp_path, dirs_exist_ok=True)
+    found: dict[str, Any] = json.loads((tmp_path / "told.json").read_text())
+    return found
+
+
+def test_a_search_leaves_a_row_per_trial_and_one_of_its_own(cli: Cli, capsys: Capture, told: dict[str, Any]) -> None:
     (row,) = asked(cli, capsys, "select run_id, study, status, name, seed from runs where kind = 'search'")
     assert row == {"run_id": told["run"], "study": told["study"], "status": "finished", "name": "best", "seed": 0}
     assert asked(cli, capsys, TRIALS) == [{"trial": n, "status": "finished", "study": told["study"]} for n in range(4)]
 
 
-def test_the_best_trial_is_what_is_written_told_and_scored(cli: Cli, capsys: Capture, population: Path) -> None:
-    assert cli("--json", *words(population, "--trials", 5, "--limit", 30)) == 0
-    told = json.loads(capsys.readouterr().out)
+def test_the_best_trial_is_what_is_written_told_and_scored(cli: Cli, capsys: Capture, told: dict[str, Any]) -> None:
     trials = asked(
         cli, capsys,
         "select r.trial, m.value from runs r join metrics m using (run_id) where m.name = 'mean_score' "
         "and r.kind = 'trial' order by m.value desc, r.trial limit 1",
     )  # fmt: skip
     assert trials == [{"trial": told["trial"], "value": told["tune"]}]
-    assert json.loads(Path("best/mergectl.json").read_text())["recipe"]["settings"] == told["settings"]
+    assert json.loads(Path("best/mergectl.json").read_text())["recipe"]["settings"]["scale"] == [
+        told["settings"]["scale"][task] for task in TASKS
+    ]
     scored = asked(cli, capsys, "select task, value from metrics where split = 'report' and name = 'score'")
     assert {row["task"]: row["value"] for row in scored} == told["tasks"]
+
+
+def test_a_setting_searched_per_task_differs_per_task(told: dict[str, Any]) -> None:
+    scale = told["settings"]["scale"]
+    assert tuple(scale) == TASKS
+    assert len(set(scale.values())) == 3
+
+
+def test_more_trials_go_on_in_the_same_study(cli: Cli, capsys: Capture, told: dict[str, Any], population: Path) -> None:
+    assert cli(*words(population, *SMALL, "--trials", 6, "--force")) == 0
+    rows = asked(cli, capsys, TRIALS)
+    assert [row["trial"] for row in rows] == list(range(6))
+    assert {row["study"] for row in rows} == {told["study"]}
+
+
+@pytest.mark.parametrize("more", [["--seed", 1], ["--limit", 21], ["--range", "scale=0:1"]], ids=lambda m: m[0])
+def test_another_question_is_another_study(
+    cli: Cli, capsys: Capture, told: dict[str, Any], population: Path, more: list[object]
+) -> None:
+    assert cli(*words(population, *SMALL, "--trials", 1, "--force", *more)) == 0
+    rows = asked(cli, capsys, TRIALS)
+    assert [row["study"] == told["study"] for row in rows if row["trial"] == 0] in ([True, False], [False, True])
+
+
+def test_a_named_study_takes_no_other_question(
+    cli: Cli, capsys: Capture, told: dict[str, Any], population: Path
+) -> None:
+    more = ["--study", told["study"], "--range", "scale=0:1", "--force"]
+    assert cli(*words(population, *SMALL, *more)) == 2
+    assert f"The study '{told['study']}' belongs to another search" in capsys.readouterr().err
 
 
 def test_report_stays_closed_until_the_last_trial(cli: Cli, population: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,7 +350,6 @@ def test_report_stays_closed_until_the_last_trial(cli: Cli, population: Path, mo
 
 
 SEARCHES: dict[str, list[object]] = {
-    "task_arithmetic": ["--trials", 3, "--per-task", "scale"],
     "ties": ["--trials", 2, "--fix", "scope=tensor", "--sampler", "tpe"],
     "emr": ["--trials", 2, "--range", "rescaler=global_sum,tensor_mean", "--sampler", "grid"],
     "dare_ties": ["--trials", 3, "--range", "drop=0.1:0.5", "--sampler", "cmaes"],
@@ -304,44 +378,12 @@ def test_emr_may_be_evaluated_with_everything_fixed_but_one(cli: Cli, capsys: Ca
     assert "every setting is fixed" in capsys.readouterr().err
 
 
-def test_a_setting_searched_per_task_differs_per_task(cli: Cli, capsys: Capture, population: Path) -> None:
-    more = ["--per-task", "scale", "--trials", 2, "--limit", 20]
-    assert cli("--json", *words(population, *more)) == 0
-    scale = json.loads(capsys.readouterr().out)["settings"]["scale"]
-    assert list(scale) == ["parity", "loop", "digit"]
-    assert len(set(scale.values())) == 3
-
-
-def test_more_trials_go_on_in_the_same_study(cli: Cli, capsys: Capture, population: Path) -> None:
-    assert cli(*words(population, "--trials", 2, "--limit", 20)) == 0
-    assert cli(*words(population, "--trials", 5, "--limit", 20, "--force")) == 0
-    rows = asked(cli, capsys, TRIALS)
-    assert [row["trial"] for row in rows] == list(range(5))
-    assert len({row["study"] for row in rows}) == 1
-
-
-@pytest.mark.parametrize("more", [["--seed", 1], ["--limit", 21], ["--range", "scale=0:1"]], ids=lambda m: m[0])
-def test_another_question_is_another_study(cli: Cli, capsys: Capture, population: Path, more: list[object]) -> None:
-    assert cli(*words(population, "--trials", 1, "--limit", 20)) == 0
-    assert cli(*words(population, "--trials", 1, "--limit", 20, "--force", *more)) == 0
-    rows = asked(cli, capsys, TRIALS)
-    assert len({row["study"] for row in rows}) == 2
-
-
 def test_a_grid_of_another_size_is_another_study(cli: Cli, capsys: Capture, population: Path) -> None:
     for trials in (2, 3):
         more = ["--sampler", "grid", "--range", "scale=0:1", "--trials", trials, "--limit", 20, "--force"]
         assert cli(*words(population, *more)) == 0
     scales = asked(cli, capsys, "select config->'$.settings.scale' as scale from runs where kind = 'trial'")
     assert sorted(float(row["scale"]) for row in scales) == [0, 0, 0.5, 1, 1]
-
-
-def test_a_named_study_takes_no_other_question(cli: Cli, capsys: Capture, population: Path) -> None:
-    assert cli(*words(population, "--study", "mine", "--trials", 1, "--limit", 20)) == 0
-    capsys.readouterr()
-    more = ["--study", "mine", "--trials", 1, "--limit", 20, "--range", "scale=0:1", "--force"]
-    assert cli(*words(population, *more)) == 2
-    assert "The study 'mine' belongs to another search" in capsys.readouterr().err
 
 
 def test_a_second_process_on_a_study_is_sent_away(cli: Cli, capsys: Capture, population: Path) -> None:
@@ -386,7 +428,7 @@ def test_a_search_killed_hard_finishes_with_every_candidate_once(
 ) -> None:
     import optuna
 
-    more = ["--trials", 30, "--limit", 100, "--study", "mine"]
+    more = ["--trials", 20, "--limit", 30, "--study", "mine"]
     command = [sys.executable, "-m", "mergectl", *map(str, words(population, *more))]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 60
@@ -398,8 +440,8 @@ def test_a_search_killed_hard_finishes_with_every_candidate_once(
     with open_study(Path("lab/optuna"), "mine") as study:
         trials = study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))
         assert not study.get_trials(states=(optuna.trial.TrialState.RUNNING,))
-    assert sorted(trial.user_attrs["candidate"] for trial in trials) == list(range(30))
+    assert sorted(trial.user_attrs["candidate"] for trial in trials) == list(range(20))
     rows = asked(cli, capsys, TRIALS)
-    assert [row["trial"] for row in rows if row["status"] == "finished"] == list(range(30))
+    assert [row["trial"] for row in rows if row["status"] == "finished"] == list(range(20))
     searches = asked(cli, capsys, "select status from runs where kind = 'search' order by started_at")
     assert [row["status"] for row in searches] == ["lost", "finished"]

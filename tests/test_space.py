@@ -153,16 +153,16 @@ def test_a_number_without_limits_wants_a_range() -> None:
 
 
 def test_parameters_become_settings_with_per_task_values_gathered() -> None:
-    dimensions = of("ties", ["density"], {"scope": "tensor"})
-    params = {"density[cola]": 0.1, "density[rte]": 0.2, "scale": 1.5, "threshold": 0.7}
+    dimensions = [*of("task_arithmetic", ["scale"]), Dimension("trim", "word", words=("topk", "std"))]
+    params = {"scale[cola]": 0.1, "scale[rte]": 0.2, "trim": "std"}
     assert to_settings(params, dimensions, {"scope": "tensor"}) == {
-        "scope": "tensor", "density": {"cola": 0.1, "rte": 0.2}, "scale": 1.5, "threshold": 0.7,
+        "scope": "tensor", "scale": {"cola": 0.1, "rte": 0.2}, "trim": "std",
     }  # fmt: skip
 
 
 def test_making_settings_of_parameters_leaves_the_fixed_ones_alone() -> None:
     fixed: dict[str, Any] = {"scope": "tensor"}
-    to_settings({"density": 0.1, "scale": 1.0, "threshold": 0.7}, of("ties"), fixed)
+    to_settings({"scale": 1.0}, of("task_arithmetic"), fixed)
     assert fixed == {"scope": "tensor"}
 
 

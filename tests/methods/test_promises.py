@@ -16,6 +16,7 @@ from mergectl.merging import Merged, MergeWarning, Recipe, merge_stream
 from tests.methods.families import SHAPES, assert_close, assert_same, expert_count, family, neutral_settings
 
 METHODS = settings.names()
+NEVER_THE_EXPERT = ("arcee_fusion",)  # their files say why
 each_method = pytest.mark.parametrize("method", METHODS)
 
 
@@ -111,7 +112,9 @@ def test_global_randomness_is_neither_used_nor_moved(method: str) -> None:
 def test_copies_of_one_model_merge_to_it(method: str) -> None:
     tasks = expert_count(method)
     neutral = settings.describe(method).neutral
-    assert neutral is not None
+    if neutral is None:
+        assert method in NEVER_THE_EXPERT
+        return
     base, experts = family(1)
     copies = {f"task{i}": experts["task0"] for i in range(tasks)}
     result = merge_weights(method, base, copies, **neutral_settings(neutral, tasks))
@@ -263,9 +266,10 @@ def test_numpy_numbers_are_numbers(method: str) -> None:
     base, experts = family(expert_count(method))
     for setting in settings.settings_of(method).values():
         if setting.between is not None:
-            expected = merge_weights(method, base, experts, **_given(setting.name, 0.6))
+            number = 2 if setting.type == "int" else 0.6 if setting.between.high > 0.6 else 0.2
+            expected = merge_weights(method, base, experts, **_given(setting.name, number))
             for kind in (np.float64, np.float32, torch.tensor):
-                assert_same(merge_weights(method, base, experts, **_given(setting.name, kind(0.6))), expected)
+                assert_same(merge_weights(method, base, experts, **_given(setting.name, kind(number))), expected)
 
 
 @each_method
@@ -275,7 +279,7 @@ def test_too_few_and_too_many_experts_are_refused(method: str) -> None:
     with pytest.raises(UserError, match="no expert"):
         merge_weights(method, base, {})
     if least > 1:
-        with pytest.raises(UserError, match=f"Method '{method}' takes exactly {least}"):
+        with pytest.raises(UserError, match=f"Method '{method}' takes (exactly|at least) {least}"):
             merge_weights(method, base, {"task0": experts["task0"]})
     if most is not None:
         with pytest.raises(UserError, match=f"takes exactly {most}"):

@@ -27,7 +27,7 @@ def test_ties_has_exactly_the_settings_that_are_promised() -> None:
     assert set(TIES["combine"].words) == {
         "disjoint_mean", "disjoint_sum", "disjoint_max", "mean", "sum", "median", "magnitude"
     }  # fmt: skip
-    assert TIES["zero_sign"].words == ("majority", "zero")
+    assert TIES["zero_sign"].words == ("majority", "zero", "plus")
     assert (TIES["density"].default, TIES["scale"].default, SCALE.default) == (0.2, 1.0, 0.4)
 
 

@@ -1,0 +1,110 @@
+"""Make a merge anew from its record, and say whether the weights are the same bit by bit."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mergectl.checkpoints import INDEX, SINGLE, Checkpoint, read_json
+from mergectl.errors import UserError, WorkError
+from mergectl.families import Family, open_family
+from mergectl.lab import Lab, versions
+from mergectl.merge import MergeJob, merge
+from mergectl.publish import Target
+from mergectl.tensorfiles import SHARD_BYTES
+from mergectl.verbs import Result, merge_models
+
+
+def show_again(lab: Lab, folder: Path, target: Target) -> None:
+    """Make a recorded merge anew, push it if asked to, and say that it is the same."""
+    target.check()
+    result = merge_again(lab, folder, target.out, force=target.force) | target.finish()
+    lab.terminal.give(result, lambda: print(f"The weights of {folder}, made anew, are the same bit by bit."))
+
+
+def merge_again(lab: Lab, folder: Path, out: Path | None, *, force: bool = False) -> Result:
+    """Make the merge recorded in `folder` into `out` (without one: beside it, only to compare) and compare."""
+    if not (folder / "mergectl.json").exists():
+        raise UserError(f"{folder} has no mergectl.json, so there is no record of how it was merged.")
+    record = read_json(folder / "mergectl.json")
+    job = job_of(record, folder)
+    lab = replace(lab, seed=job.recipe.seed)
+    family = open_family(job.base, job.experts, lab.find_run)
+    check_inputs(record, family)
+    if out is not None:
+        merge_models(lab, job, out, force=force)
+        odd = difference(folder, out, record)
+    else:
+        odd = _compare(lab, job, family, folder, record)
+    if odd is not None:
+        raise WorkError(f"The weights made anew are not those of {folder}: {odd}.{_other_versions(record)}")
+    return {"folder": str(folder), "out": None if out is None else str(out), "identical": True}
+
+
+def _compare(lab: Lab, job: MergeJob, family: Family, folder: Path, record: Mapping[str, Any]) -> str | None:
+    """Merge into a folder that is removed afterwards."""
+    lab.torch_device()
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.again-", dir=folder.absolute().parent) as work:
+        made = Path(work) / folder.name
+        with lab.terminal.progress(f"Merging {len(family.experts)} experts by {job.recipe.method} again") as progress:
+            merge(job, family, made, facts={"versions": versions()}, force=False, progress=progress)
+        return difference(folder, made, record)
+
+
+def job_of(record: Mapping[str, Any], folder: Path) -> MergeJob:
+    """The merge that a record describes."""
+    from mergectl.plan import recipe_of
+
+    try:
+        recipe, output = record["recipe"], record.get("output", {})
+        base = next((row["ref"] for row in record["inputs"] if row["role"] == "base"), None)
+        refs = [row["ref"] for row in record["inputs"] if row["role"] == "expert"]
+        refine = [(step["name"], step["settings"]) for step in recipe["refine"]]
+        names = [task if task.rsplit("/", 1)[-1] == short else short for short, task in record["tasks"].items()]
+        return MergeJob(
+            recipe_of(recipe["method"], recipe["settings"], refine, recipe["seed"]),
+            tuple(zip(names, refs, strict=True)), base, output.get("dtype", "auto"), output.get("export"),
+            output.get("shard_bytes", SHARD_BYTES),
+        )  # fmt: skip
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{folder / 'mergectl.json'} is no whole record of a merge ({error!r}).") from error
+
+
+def check_inputs(record: Mapping[str, Any], family: Family) -> None:
+    """Refuse inputs that are no longer what was merged."""
+    for then, now in zip(record["inputs"], family.inputs, strict=True):
+        if then["digest"] != now["digest"]:
+            who = "the base" if now["role"] == "base" else f"the expert for {now['task']}"
+            raise UserError(
+                f"{now['ref']}, {who}, has changed since it was merged (digest {str(now['digest'])[:12]}, "
+                f"then {str(then['digest'])[:12]}). Bring back what it was, or merge anew."
+            )
+
+
+def difference(old: Path, new: Path, record: Mapping[str, Any]) -> str | None:
+    """What is not the same in two models' weights, bit by bit; None if nothing. Shards may be cut differently."""
+    import torch
+
+    made = Checkpoint(new, str(new))
+    if not any((old / name).exists() for name in (SINGLE, INDEX)):
+        then = record.get("output", {}).get("digest")
+        return None if made.digest == then else f"its digest is {made.digest[:12]}, the record says {str(then)[:12]}"
+    kept = Checkpoint(old, str(old))
+    if odd := sorted(set(kept) ^ set(made)):
+        return f"'{odd[0]}' is in one of them only"
+    for name in kept:
+        ours, theirs = made[name], kept[name]
+        same = (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
+        if not same or not torch.equal(ours.reshape(-1).view(torch.uint8), theirs.reshape(-1).view(torch.uint8)):
+            return f"'{name}' differs"
+    return None
+
+
+def _other_versions(record: Mapping[str, Any]) -> str:
+    """The versions that differ from those of the first time."""
+    then, now = record.get("versions", {}), versions()
+    odd = [f"{name} {then[name]} then, {now.get(name)} now" for name in then if then[name] != now.get(name)]
+    return f" Versions differ: {'; '.join(odd)}." if odd else ""

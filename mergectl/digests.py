@@ -1,0 +1,41 @@
+"""SHA-256 of files, remembered: a large file that has not been touched since is not read again."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from pathlib import Path
+
+LARGE = 1 << 20  # bytes; smaller files are quicker read than looked up
+
+
+def sha256(path: Path) -> bytes:
+    """The SHA-256 of a file's bytes."""
+    facts = path.stat()
+    if facts.st_size < LARGE:
+        return _read(path)
+    stamp = [facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino, facts.st_dev]
+    note = _folder() / hashlib.sha256(os.fsencode(path.resolve())).hexdigest()
+    with contextlib.suppress(OSError, ValueError):
+        known, digest = json.loads(note.read_text())
+        if known == stamp:
+            return bytes.fromhex(digest)
+    found = _read(path)
+    with contextlib.suppress(OSError):  # a home that cannot be written costs time, nothing else
+        note.parent.mkdir(parents=True, exist_ok=True)
+        work = note.with_name(f"{note.name}.{os.getpid()}")
+        work.write_text(json.dumps([stamp, found.hex()]))
+        work.replace(note)
+    return found
+
+
+def _read(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def _folder() -> Path:
+    """Where programs keep what they can make again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mergectl" / "digests"

@@ -1,0 +1,242 @@
+"""Line up checkpoints of one family: which names are the shared backbone, which are a task's head.
+
+No table of architectures: names are compared. An expert saved as a classifier carries its backbone under one
+prefix (`bert.`, `vit.`, `transformer.`); everything outside it is the head, and so is what the base does not have.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from mergectl.checkpoints import Checkpoint
+from mergectl.errors import UserError
+from mergectl.headers import FLOATING
+from mergectl.naming import OLD_SPELLINGS
+from mergectl.views import TOKENS, Grown, Renamed, grown
+
+HEADED = ("Classification", "QuestionAnswering", "MultipleChoice")
+
+
+@dataclass(frozen=True)
+class Population:
+    """A base and its experts under common names: `base` and `experts` hold exactly the weights to merge."""
+
+    base: Renamed
+    experts: dict[str, Renamed]
+    heads: dict[str, tuple[str, ...]]  # task -> the expert's own names of its head
+    carried: tuple[str, ...]  # names of the base that no expert has, or that hold no real numbers
+    tied: dict[str, str] = field(default_factory=dict)  # name of the base -> the merged weight that it copies
+    copies: dict[str, dict[str, str]] = field(default_factory=dict)  # the same of each expert, by task
+    notes: tuple[str, ...] = ()  # what a person should know, in sentences
+
+
+def line_up(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> Population:
+    """Pair every weight of the base with those of the experts; refuse another architecture or shape."""
+    for checkpoint in (base, *experts.values()):
+        if checkpoint.config.get("quantization_config"):
+            raise UserError(f"{checkpoint.ref} is quantised, and only real numbers can be merged. Name the full model.")
+    strip = _own_prefix(base, list(experts.values()))
+    views, heads = {}, {}
+    for task, expert in experts.items():
+        views[task], heads[task] = _pair(base, strip, expert)
+    shared = _shared_names(base, strip, views)
+    merged = {name: own for name, own in shared.items() if base.dtype(own) in FLOATING}
+    _same_kinds(base, shared, experts, views)
+    grown = _grown(base, merged, experts, views)
+    by_task = {t: Renamed(experts[t], {n: views[t][n] for n in merged}, grown) for t in experts}
+    ours = Renamed(base, merged, grown)
+    carried = [n for n in base.names if n not in merged.values()]
+    tied = _copies(base, [n for n in carried if n not in shared.values()], ours)
+    notes = [*_grown_notes(ours, by_task), *_whole_notes(base, shared, experts, views)]
+    copies = {task: _copies(expert, heads[task], by_task[task]) for task, expert in experts.items()}
+    own_heads = {task: tuple(name for name in names if name not in copies[task]) for task, names in heads.items()}
+    notes += [f"'{n}' of '{task}' only repeats '{of}': left out." for task in copies for n, of in copies[task].items()]
+    notes += [f"'{n}' of the base repeats '{of}' and goes on to, as it is merged." for n, of in tied.items()]
+    if lone := [n for n in carried if n not in shared.values() and n not in tied]:
+        notes.append(f"No expert has {_some(lone)}: kept from the base.")
+    rest = tuple(name for name in carried if name not in tied)
+    return Population(ours, by_task, own_heads, rest, tied, copies, tuple(notes))
+
+
+def _shared_names(base: Checkpoint, strip: str, views: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """Common name -> the base's own name, for the weights that every expert has."""
+    shared = {}
+    for own, name in _common_names(base, strip).items():
+        having = [task for task, view in views.items() if name in view]
+        lacking = [task for task in views if task not in having]
+        if having and lacking:
+            raise UserError(f"Expert '{lacking[0]}' has no weight '{name}', which the base and '{having[0]}' have.")
+        if having:
+            shared[name] = own
+    return shared
+
+
+def _same_kinds(
+    base: Checkpoint,
+    shared: Mapping[str, str],
+    experts: Mapping[str, Checkpoint],
+    views: Mapping[str, Mapping[str, str]],
+) -> None:
+    """Refuse types that cannot be merged, and real numbers where another model has whole ones."""
+    for name, own in shared.items():
+        for who, word in [
+            (base.ref, base.dtype(own)),
+            *((experts[t].ref, experts[t].dtype(views[t][name])) for t in views),
+        ]:
+            if word.startswith(("F8", "C")) or (word in FLOATING) != (base.dtype(own) in FLOATING):
+                raise UserError(
+                    f"'{name}' is of the type {word} in {who} and {base.dtype(own)} in {base.ref}. "
+                    f"Only {', '.join(FLOATING)} can be merged."
+                )
+
+
+def _grown(
+    base: Checkpoint,
+    merged: Mapping[str, str],
+    experts: Mapping[str, Checkpoint],
+    views: Mapping[str, Mapping[str, str]],
+) -> dict[str, Grown]:
+    """The weights in which only the number of tokens differs; any other difference of shape is refused."""
+    found = {}
+    for name, own in merged.items():
+        shapes = {task: experts[task].shape(view[name]) for task, view in views.items()}
+        odd = next((task for task, shape in shapes.items() if shape != base.shape(own)), None)
+        if odd is None:
+            continue
+        fitting = grown(name, base.shape(own), shapes)
+        if fitting is None or fitting.common < min(map(_tokens, (base, *experts.values()))):
+            raise UserError(
+                f"'{name}' has shape {list(base.shape(own))} in {base.ref} but {list(shapes[odd])} in expert '{odd}' "
+                f"({experts[odd].ref}). Experts must be fine-tuned copies of the base."
+            )
+        found[name] = fitting
+    return found
+
+
+def _tokens(checkpoint: Checkpoint) -> int:
+    """The size of the vocabulary, as far as the configuration tells."""
+    config = checkpoint.config
+    size = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size", 0))
+    return size if isinstance(size, int) else 0
+
+
+def _grown_notes(base: Renamed, experts: Mapping[str, Renamed]) -> Iterator[str]:
+    for name, rows in base.grown.items():
+        kept = " and ".join(
+            f"{start} to {end - 1} kept from {'the base' if task is None else repr(task)}"
+            for task, start, end in rows.parts
+        )
+        unused = f"; those of {_some(rows.unused)} are not used" if rows.unused else ""
+        yield f"Vocabularies differ: of '{name}', rows 0 to {rows.common - 1} are merged, rows {kept}{unused}."
+
+
+def _whole_notes(
+    base: Checkpoint,
+    shared: Mapping[str, str],
+    experts: Mapping[str, Checkpoint],
+    views: Mapping[str, Mapping[str, str]],
+) -> Iterator[str]:
+    """Say which whole numbers (counters, positions) differ in an expert."""
+    import torch
+
+    whole = [(name, own) for name, own in shared.items() if base.dtype(own) not in FLOATING]
+    for task, expert in experts.items():
+        other = [name for name, own in whole if not torch.equal(base[own], expert[views[task][name]])]
+        if other:
+            yield f"Whole numbers of '{task}' differ from the base's, which are kept: {_some(other)}."
+
+
+def _copies(model: Checkpoint, names: Sequence[str], merged: Renamed) -> dict[str, str]:
+    """Those of the names that only repeat a merged weight, as tied embeddings do; with that weight's name."""
+    import torch
+
+    found = {}
+    sources = [name for name in merged if TOKENS.search(name)]
+    for own in (name for name in names if TOKENS.search(name)):
+        alike = [n for n in sources if model.shape(merged.own_name[n]) == model.shape(own)]
+        if match := next((n for n in alike if torch.equal(model[merged.own_name[n]], model[own])), None):
+            found[own] = match
+    return found
+
+
+def _some(names: Sequence[str]) -> str:
+    """Up to three names, and how many more."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(f"'{name}'" for name in names[:3]) + more
+
+
+def _own_prefix(base: Checkpoint, experts: Sequence[Checkpoint]) -> str:
+    """The prefix of the base's names under which it has most in common with every one of the experts."""
+
+    def shared(strip: str) -> tuple[int, int]:
+        counts = [len(_nearest(base, strip, expert)) for expert in experts]
+        return min(counts), sum(counts)
+
+    return max(_prefixes(base.names), key=shared)
+
+
+def _nearest(base: Checkpoint, strip: str, expert: Checkpoint) -> dict[str, str]:
+    """Common name -> expert's name, by that prefix of the expert's names which gives most of them."""
+    fixed = headed_prefix(expert)
+    choices = [fixed] if fixed else sorted(_prefixes(expert.names), key=lambda prefix: prefix != strip)
+    return max((_common(base, strip, expert, prefix) for prefix in choices), key=len)
+
+
+def _pair(base: Checkpoint, strip: str, expert: Checkpoint) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Return common name -> expert's name, and the expert's head names."""
+    common = _nearest(base, strip, expert)
+    backbone = [name for own, name in _common_names(base, strip).items() if own.startswith(strip)]
+    if 2 * len(common) < len(backbone):
+        missing = next(n for n in backbone if n not in common)
+        raise UserError(
+            f"{expert.ref} is no fine-tuned copy of {base.ref}: it has {len(common)} of its {len(backbone)} weights "
+            f"(not '{missing}', for example)."
+        )
+    head = tuple(n for n in expert.names if n not in common.values())
+    repeated = {_shape_of_name(own) for own in common.values()} | {_shape_of_name(name) for name in common}
+    for more, less, names in ((base, expert, [n for n in backbone if n not in common]), (expert, base, head)):
+        if extra := next((n for n in names if "#" in _shape_of_name(n) and _shape_of_name(n) in repeated), None):
+            raise UserError(
+                f"{more.ref} has '{extra}', which {less.ref} has in its other layers only. "
+                "Experts must be fine-tuned copies of the base."
+            )
+    return common, head
+
+
+def _shape_of_name(name: str) -> str:
+    """A weight's name without its layer's number: `encoder.layer.#.output.dense.bias`."""
+    return re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "#", name)
+
+
+def _common(base: Checkpoint, strip: str, expert: Checkpoint, prefix: str) -> dict[str, str]:
+    ours = {name for own, name in _common_names(base, strip).items() if own.startswith(strip)}
+    theirs = {name: own for own, name in _common_names(expert, prefix).items() if own.startswith(prefix)}
+    return {name: own for name, own in theirs.items() if name in ours}
+
+
+def _common_names(checkpoint: Checkpoint, prefix: str) -> dict[str, str]:
+    """Own name -> the name without the prefix and in today's spelling."""
+    found = {own: own.removeprefix(prefix) for own in checkpoint.names}
+    taken = set(found.values())
+    for own, name in found.items():
+        for old, new in OLD_SPELLINGS:
+            if name.endswith(old) and name.removesuffix(old) + new not in taken:
+                found[own] = name.removesuffix(old) + new
+    return found
+
+
+def _prefixes(names: Sequence[str]) -> list[str]:
+    """No prefix, and every first component that holds more than half of the names."""
+    counts = Counter(name.split(".", 1)[0] for name in names if "." in name)
+    return ["", *(f"{word}." for word, n in counts.items() if 2 * n > len(names))]
+
+
+def headed_prefix(checkpoint: Checkpoint) -> str:
+    """The backbone's prefix in a model saved with a task head, or '' when it has none."""
+    classes = checkpoint.config.get("architectures") or [""]
+    if not any(word in classes[0] for word in HEADED):
+        return ""
+    return _prefixes(checkpoint.names)[-1]

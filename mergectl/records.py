@@ -1,0 +1,61 @@
+"""What stands beside a merged model: the machine's record, from which it can be made again, and the people's card."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mergectl import artefacts
+from mergectl.families import Family
+
+
+def write_records(
+    recipe: Mapping[str, Any], output: Mapping[str, Any], family: Family, folder: Path, facts: Mapping[str, Any]
+) -> None:
+    """Write `mergectl.json` and the card `README.md`; `output` says how the result was written."""
+    export = output["export"]
+    record = {
+        "kind": "merged" if export is None else "expert",
+        "recipe": recipe,
+        "inputs": list(family.inputs),
+        "tasks": family.task_ids,
+        "output": dict(output),
+        "notes": list(family.population.notes),
+        **({} if export is None else _task_record(family, export)),
+        **facts,
+    }
+    artefacts.write_json(folder / "mergectl.json", record)
+    artefacts.write_text(folder / "README.md", card(recipe, family))
+
+
+def _task_record(family: Family, task: str) -> dict[str, Any]:
+    meta = family.experts[task].meta
+    return {"task": family.task_ids[task], "labels": meta.get("labels"), "base": family.base.ref}
+
+
+def card(recipe: Mapping[str, Any], family: Family) -> str:
+    """The model card: what was merged from what, and how to use it."""
+    parents = _hub_ids(family)
+    lineage = ["base_model:", *(f"- {name}" for name in parents), "base_model_relation: merge"] if parents else []
+    notes = ["Notes:", "", *(f"- {note}" for note in family.population.notes), ""] if family.population.notes else []
+    lines = [
+        "---", "library_name: transformers", "tags: [merge, mergectl]", *lineage, "---", "",
+        f"# Merged with `{recipe['method']}`", "",
+        f"Base: `{family.base.ref if family.has_base else 'none'}`", "", "| task | expert |", "| --- | --- |",
+        *(f"| {family.task_ids[task]} | `{expert.ref}` |" for task, expert in family.experts.items()), "",
+        "Recipe:", "", "```json", json.dumps(recipe, indent=2, default=str), "```", "", *notes,
+        "The folder is a plain transformers checkpoint: `AutoModel.from_pretrained(folder)`. Each task's head is in",
+        "`tasks/<task>/head.safetensors`; `mergectl eval` puts it on by itself, and `mergectl merge ... --export TASK`",
+        "writes one stand-alone classifier. `mergectl merge --again FOLDER` makes the same weights anew.", "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _hub_ids(family: Family) -> list[str]:
+    """The inputs that came from the model hub, without revisions."""
+    refs = [str(row["ref"]) for row in family.inputs]
+    hub = [ref for ref in refs if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", ref) and not Path(ref).exists()]
+    return list(dict.fromkeys(ref.partition("@")[0] for ref in hub))

@@ -1,0 +1,151 @@
+"""Write safetensors files weight by weight, in any order: one file, or a model's weights cut into shards."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergectl.artefacts import write_json
+from mergectl.errors import UserError, WorkError
+from mergectl.headers import ITEM_BYTES, WORD_TO_TORCH
+from mergectl.weights import INDEX, SINGLE
+
+if TYPE_CHECKING:
+    import torch
+
+SHARD_BYTES = 5_000_000_000
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+def parse_size(text: str) -> int:
+    """`5GB`, `200MiB` or a plain number of bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip().upper())
+    size = int(float(match[1]) * UNITS.get(match[2], 0)) if match else 0
+    if not 1 <= size < 2**62:
+        raise UserError(f"--shard-size {text} is not a size. Write 5GB, 500MB or a number of bytes.")
+    return size
+
+
+def bytes_of(shape: tuple[int, ...], dtype: str) -> int:
+    """How many bytes a weight takes in a file."""
+    return math.prod(shape) * ITEM_BYTES[dtype]
+
+
+class SafetensorsWriter:
+    """A safetensors file filled weight by weight: shapes and types are known beforehand."""
+
+    def __init__(self, path: Path, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str]) -> None:
+        self.path, self.shapes, self.dtypes, self.missing = path, dict(shapes), dict(dtypes), set(shapes)
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        places: dict[str, tuple[int, int]] = {}
+        end = 0
+        for name, shape in shapes.items():
+            size = bytes_of(shape, dtypes[name])
+            header[name] = {"dtype": dtypes[name], "shape": list(shape), "data_offsets": [end, end + size]}
+            places[name], end = (end, size), end + size
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        body = 8 + len(text)
+        self._places = {name: (body + start, size) for name, (start, size) in places.items()}
+        self._file = path.open("wb", buffering=0)
+        try:
+            write_all(self._file.fileno(), len(text).to_bytes(8, "little") + text, 0)
+            self._file.truncate(body + end)
+        except OSError:
+            self._file.close()
+            raise
+
+    def where(self, name: str) -> tuple[Path, int, int]:
+        """The file, first byte and number of bytes in which a weight belongs."""
+        return (self.path, *self._places[name])
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Write one weight, cast to the type that was announced for it; it must fit and be finite."""
+        import torch
+
+        if name not in self.missing or tuple(tensor.shape) != self.shapes[name]:
+            raise WorkError(f"The merge gave '{name}' twice, unasked, or in the shape {list(tensor.shape)}.")
+        tensor = tensor.detach().to("cpu", getattr(torch, WORD_TO_TORCH[self.dtypes[name]])).contiguous()
+        if tensor.is_floating_point() and not _is_finite(tensor):
+            raise UserError(
+                f"The merged '{name}' holds numbers that {WORD_TO_TORCH[self.dtypes[name]]} cannot hold. "
+                "Choose smaller settings or another --dtype."
+            )
+        data = tensor.reshape(-1).view(torch.uint8).numpy().data
+        write_all(self._file.fileno(), data, self._places[name][0])
+        self.missing.remove(name)
+
+    def __enter__(self) -> SafetensorsWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """End the file; every announced weight must have been written."""
+        self._file.close()
+        if kind is None and self.missing:
+            raise WorkError(f"The merge gave no '{min(self.missing)}' ({len(self.missing)} weights missing).")
+
+
+def _is_finite(x: torch.Tensor) -> bool:
+    return x.numel() == 0 or x.itemsize == 1 or all(bool(end.isfinite()) for end in x.aminmax())
+
+
+def write_all(handle: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all bytes at a place of an open file."""
+    view, done = memoryview(data), 0
+    while done < len(view):
+        done += os.pwrite(handle, view[done:], offset + done)
+
+
+class ModelWriter:
+    """The weights of a model folder, in one file or, where that grows beyond `shard_bytes`, in several and an index."""
+
+    def __init__(
+        self, folder: Path, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str], shard_bytes: int
+    ) -> None:
+        sizes = {name: bytes_of(shape, dtypes[name]) for name, shape in shapes.items()}
+        shards = cut(sizes, shard_bytes)
+        count = len(shards)
+        names = [SINGLE] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+        self._of: dict[str, SafetensorsWriter] = {}
+        with ExitStack() as opened:
+            for file, shard in zip(names, shards, strict=True):
+                writer = SafetensorsWriter(folder / file, {n: shapes[n] for n in shard}, {n: dtypes[n] for n in shard})
+                opened.push(writer)
+                self._of.update(dict.fromkeys(shard, writer))
+            self._opened = opened.pop_all()
+        if count > 1:
+            where = {name: writer.path.name for name, writer in self._of.items()}
+            write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where})
+
+    def where(self, name: str) -> tuple[Path, int, int]:
+        """The file, first byte and number of bytes in which a weight belongs."""
+        return self._of[name].where(name)
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Write one weight into its shard."""
+        self._of[name].write(name, tensor)
+
+    def __enter__(self) -> ModelWriter:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._opened.__exit__(*error)
+
+
+def cut(sizes: Mapping[str, int], most: int) -> list[list[str]]:
+    """Put names into shards, in order; none is larger than `most` bytes, unless one weight alone is."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > most:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards

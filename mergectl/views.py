@@ -1,0 +1,102 @@
+"""Lazy views of a checkpoint under common names and, where vocabularies differ in size, cut to the common rows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mergectl.checkpoints import Checkpoint
+
+if TYPE_CHECKING:
+    import torch
+
+# Input embeddings and language-model heads: the weights with one row per token.
+TOKENS = re.compile(
+    r"(^|\.)(word_embeddings?|embed_tokens|tok_embeddings|token_embeddings?|wte|shared|embed_in|embed_out|lm_head"
+    r"|lm_head\.decoder|generator_lm_head|vocab_projector|predictions|predictions\.decoder|final_logits_bias"
+    r"|(?<!\w)embeddings)(\.(weight|bias))?$"
+)
+
+
+@dataclass(frozen=True)
+class Grown:
+    """A weight with one row per token, of which some models have more: rows below `common` are merged."""
+
+    dim: int
+    common: int
+    parts: tuple[tuple[str | None, int, int], ...]  # (expert or None for the base, first row, row after the last)
+    unused: tuple[str, ...]  # experts that have such rows, too, but lend none
+
+    @property
+    def total(self) -> int:
+        """How many rows the result has."""
+        return self.parts[-1][2]
+
+    def cut(self, shape: tuple[int, ...], rows: int | None = None) -> tuple[int, ...]:
+        """The shape with the common number of rows, or with `rows`."""
+        return (*shape[: self.dim], self.common if rows is None else rows, *shape[self.dim + 1 :])
+
+
+def grown(name: str, base: tuple[int, ...], experts: Mapping[str, tuple[int, ...]]) -> Grown | None:
+    """How weights of these shapes go together if only their numbers of tokens differ; None if they do not.
+
+    Rows that not all models have come from the expert with most of them, and where no expert has them, from the base.
+    """
+    shapes = [base, *experts.values()]
+    dim = 1 if len(base) == 2 and base[0] == 1 else 0
+    others = {(*shape[:dim], *shape[dim + 1 :]) for shape in shapes}
+    if not TOKENS.search(name) or not base or {len(shape) for shape in shapes} != {len(base)} or len(others) != 1:
+        return None
+    common = min(shape[dim] for shape in shapes)
+    most = max(experts, key=lambda task: experts[task][dim])
+    ends = [(task, end) for task, end in ((most, experts[most][dim]), (None, base[dim])) if end > common]
+    parts, start = [], common
+    for task, end in ends:
+        if end > start:
+            parts.append((task, start, end))
+            start = end
+    unused = tuple(task for task, shape in experts.items() if task != most and shape[dim] > common)
+    return Grown(dim, common, tuple(parts), unused)
+
+
+@dataclass(frozen=True)
+class Renamed(Mapping[str, "torch.Tensor"]):
+    """A checkpoint's weights under other names; those in `grown` without the rows that not all models have."""
+
+    source: Checkpoint
+    own_name: Mapping[str, str]
+    grown: Mapping[str, Grown] = field(default_factory=dict)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a weight, without reading it."""
+        shape = self.source.shape(self.own_name[name])
+        return self.grown[name].cut(shape) if name in self.grown else shape
+
+    def dtype(self, name: str) -> str:
+        """The type of a weight, without reading it."""
+        return self.source.dtype(self.own_name[name])
+
+    def where(self, name: str) -> tuple[Path, int, int] | None:
+        """The file, first byte and number of bytes of a weight; None where no file holds it as it is."""
+        place = self.source.where(self.own_name[name])
+        if place is None or name not in self.grown:
+            return place
+        rows = self.source.shape(self.own_name[name])[self.grown[name].dim]  # all dimensions before it are 1
+        return place[0], place[1], place[2] // max(rows, 1) * self.grown[name].common
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        whole = self.source[self.own_name[name]]
+        return whole.narrow(self.grown[name].dim, 0, self.grown[name].common) if name in self.grown else whole
+
+    def rows(self, name: str, start: int, end: int) -> torch.Tensor:
+        """Some rows of a weight in `grown`."""
+        return self.source[self.own_name[name]].narrow(self.grown[name].dim, start, end - start)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.own_name)
+
+    def __len__(self) -> int:
+        return len(self.own_name)

@@ -1,0 +1,71 @@
+"""Take the weighted mean of the experts' directions and of their lengths, weight by weight (Multi-SLERP).
+
+>>> from mergectl import merge_weights
+>>> import torch
+>>> experts = {"a": {"w": torch.tensor([4.0, 0.0])}, "b": {"w": torch.tensor([0.0, 2.0])}}
+>>> # directions [3/4, 0] + [0, 1/4], at length 1 [3, 1] / sqrt 10; lengths 3/4 * 4 + 1/4 * 2 = 3.5
+>>> w = merge_weights("multislerp", None, experts, weight=[3.0, 1.0])["w"]
+>>> [round(v, 4) for v in w.tolist()]
+[3.3204, 1.1068]
+
+This is mergekit's merge as its steps are known here, not compared with a run of it: it projects the directions onto the
+tangent plane at their weighted mean, adds them there and goes back along the sphere. In that plane they add up to zero
+by the very choice of the point, so the mean direction is the result and the detour is left out.
+Directions that cancel out have no mean: then the weighted mean of the weights themselves is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import numpy as np
+
+from mergectl.methods import _kernels, _more_kernels
+from mergectl.methods._contract import Between, Merged, MethodError, OneOf, PerTask, Weights
+
+if TYPE_CHECKING:
+    import torch
+
+    from mergectl.methods._task_vectors import TaskVectors
+
+TITLE = "Multi-SLERP"
+PAPER = "goddard.blog/posts/multislerp-wow-what-a-cool-idea"
+NEUTRAL: dict[str, bool] = {"normalize": True}
+
+
+def merge(
+    experts: TaskVectors,
+    task_vectors: TaskVectors | None = None,
+    base: Weights | None = None,
+    *,
+    weight: Annotated[PerTask, Between(-10.0, 10.0), "weight of each expert"] = 1.0,
+    normalize: Annotated[bool, "divide the weights by their sum"] = True,
+    on: Annotated[str, OneOf(["weights", "deltas"]), "directions of the weights or of the task vectors"] = "weights",
+) -> Merged:
+    """Yield for each weight the mean direction at the mean length."""
+    given = _kernels.per_task(weight, len(experts.tasks))
+    weights = _more_kernels.shares(given) if normalize else given
+    if weights is None:
+        raise MethodError("The weights of the experts add up to zero. Change them, or set normalize to false.")
+    if on == "weights":
+        for name, x in experts.items():
+            yield name, blended(x, weights)
+    elif task_vectors is None or base is None:
+        raise MethodError(
+            "multislerp with on=deltas needs the base the experts came from. Give one, or use on=weights."
+        )
+    else:
+        for name, x in task_vectors.items():
+            yield name, base[name] + blended(x, weights)
+
+
+def blended(x: torch.Tensor, weights: Sequence[float]) -> torch.Tensor:
+    """Return the weighted mean direction of [task, *shape], at the weighted mean length."""
+    rows = [_more_kernels.flat(row) for row in x]
+    mean = np.sum([w * _more_kernels.unit(row) for w, row in zip(weights, rows, strict=True)], axis=0)
+    length = float(_more_kernels.norm(mean)[0])
+    if length < 1e-8:
+        return _kernels.weighted_total(x, weights).to(x.dtype)
+    size = sum(w * float(_more_kernels.norm(row)[0]) for w, row in zip(weights, rows, strict=True))
+    return _more_kernels.like(mean * (size / length), x[0])
