@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -149,9 +150,8 @@ app.command("run", cls=Verb, short_help="Run a pipeline of verbs.")(command(comm
 def main(args: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code: 0 done, 1 failed, 2 bad input, 130 interrupted."""
     words = list(sys.argv[1:] if args is None else args)
-    _plugins_of(words)
     try:
-        with warnings.catch_warnings():
+        with _plugins_of(words), warnings.catch_warnings():
             _our_warnings_only("--debug" in words)
             app(arrange(words), prog_name="mergectl")
     except SystemExit as ended:
@@ -165,12 +165,20 @@ def main(args: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _plugins_of(words: Sequence[str]) -> None:
+@contextlib.contextmanager
+def _plugins_of(words: Sequence[str]) -> Iterator[None]:
     """A lab's own methods count from the moment methods are listed, before --store is parsed."""
+    before = os.environ.get("MERGECTL_STORE")
     for index, word in enumerate(words):
         name, equals, value = word.partition("=")
         if name == "--store" and (equals or index + 1 < len(words)):
             os.environ["MERGECTL_STORE"] = value if equals else words[index + 1]
+    try:
+        yield
+    finally:
+        os.environ.pop("MERGECTL_STORE", None)
+        if before is not None:
+            os.environ["MERGECTL_STORE"] = before
 
 
 def _our_warnings_only(everything: bool) -> None:
