@@ -124,7 +124,7 @@ def merge(
     scale: Annotated[float, Between(-10.0, 10.0, search=(0.3, 2.5)), "scaling coefficient of the merged vector"] = 1.0,
     scope: Annotated[str, OneOf(["model", "tensor"]), "trim and elect over the model or each tensor alone"] = "model",
     trim: Annotated[str, OneOf(TRIM), "which entries stay: density for topk, threshold for std and energy"] = "topk",
-    threshold: Annotated[float, Between(0.0, 10.0, search=(0.5, 1.0)), "standard deviations, or share of energy"] = 0.9,
+    threshold: Annotated[float, Between(0.0, 10.0), "standard deviations, or share of energy"] = 0.9,
     elect: Annotated[str, OneOf([*ELECT, "none"]), "how the sign of each weight is elected"] = "mass",
     combine: Annotated[str, OneOf([*AGREEING, *PLAIN]), "what is taken of the entries that are left"] = "disjoint_mean",
     zero_sign: Annotated[str, OneOf(["majority", "zero", "plus"]), "what a drawn election gives"] = "majority",
