@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mergectl import settings
+from mergectl import plugins, settings
 from mergectl.blocks import Cut
 from mergectl.errors import UserError, did_you_mean
 from mergectl.inputs import Inputs, Subset, Weights, split_heads
@@ -88,6 +88,10 @@ class Stream:
             except StopIteration as stop:
                 self._keep(stop.value)
                 break
+            except (UserError, MethodError):
+                raise
+            except Exception as error:
+                raise plugins.blamed("methods", last.name, error) from error
             if name not in missing or merged.shape != self.inputs.shapes[name]:
                 raise UserError(f"Method '{last.name}' gave an unknown or misshapen weight '{name}': mend its file.")
             del missing[name]

@@ -74,6 +74,15 @@ def where(kind: str, name: str) -> str:
     return next((plugin.where for plugin in _found(kind) if plugin.name == name), name)
 
 
+def blamed(kind: str, name: str, error: Exception) -> Exception:
+    """A crash inside a user's plugin as a sentence with its file and line; one inside our own stays what it is."""
+    place = where(kind, name)
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == place]
+    if not lines:
+        return error
+    return UserError(f"{place}:{lines[-1]}: {type(error).__name__}: {error}. Mend the file.")
+
+
 def _found(kind: str) -> Iterator[Plugin]:
     for path in _own(kind):
         yield Plugin(kind, path.stem, f"{kind}/{path.name}")

@@ -301,3 +301,13 @@ def test_ctrl_c_exits_130_and_marks_the_run_cancelled(
     assert "Traceback" not in err and not Path("runs/parity").exists()
     cli("--json", "report", "--sql", "select status from runs")
     assert json.loads(capsys.readouterr().out) == [{"status": "cancelled"}]
+
+
+def test_a_users_method_that_crashes_is_named_by_file_and_line(cli: Cli, capsys: Capture, population: Path) -> None:
+    path = Path("lab/methods/crash.py")
+    path.parent.mkdir(parents=True)
+    lines = ['"""Crash."""', "", "", "def merge(task_vectors):", "    for name, x in task_vectors.items():"]
+    path.write_text("\n".join([*lines, "        yield name, x / nothing", ""]))
+    words = ["--base", population / "base", "--experts", population / "parity", "-o", "out"]
+    err = refused(cli, capsys, "merge", "crash", *words)
+    assert "crash.py:6: NameError" in err
