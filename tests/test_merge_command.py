@@ -247,3 +247,11 @@ def test_a_killed_merge_leaves_nothing_and_the_next_cleans_up(cli: Cli, populati
     (stale / "model.safetensors").write_bytes(b"half")
     assert cli("merge", "average", "--experts", population / "parity", population / "loop", "-o", "m") == 0
     assert not stale.exists() and Path("m/config.json").exists()
+
+
+def test_blocks_read_from_files_are_the_weights(cli: Cli, population: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["--base", population / "base", "--experts", population / "parity", population / "loop"]
+    assert cli("merge", "ties", *words, "-o", "whole") == 0
+    monkeypatch.setattr("mergectl.blocks.LENGTH", 60)
+    assert cli("merge", "ties", *words, "-o", "parts") == 0
+    assert Path("parts/model.safetensors").read_bytes() == Path("whole/model.safetensors").read_bytes()
