@@ -100,7 +100,8 @@ FOR_NUMBERS = frozenset({"pearson", "spearman", "pearson_spearman"})  # for regr
 def scores(task: Task, labels: Sequence[int] | Sequence[float], outputs: Any) -> dict[str, float]:
     """Return the task's metrics by name, the main one first, for a model's outputs.
 
-    `outputs` holds logits [n, labels] for classification (or predicted ids [n]), for regression numbers [n] or [n, 1].
+    `outputs` holds logits [n, labels] for classification (or predicted ids [n]), for regression numbers [n] or [n, 1],
+    for text-to-text the answers' scores [n, answers], with -inf where a row offers fewer answers than others.
     """
     import numpy as np
 
@@ -113,7 +114,7 @@ def scores(task: Task, labels: Sequence[int] | Sequence[float], outputs: Any) ->
 
 
 def predictions(task: Task, outputs: Any) -> Any:
-    """Return what the outputs predict: the largest logit's label id, or the number itself for regression."""
+    """Return what the outputs predict: the label id of the largest score, or the number itself for regression."""
     import numpy as np
 
     found = np.asarray(outputs)
@@ -121,6 +122,9 @@ def predictions(task: Task, outputs: Any) -> Any:
         return found.astype(np.float64).reshape(-1)
     if found.ndim == 1:
         return found
+    if task.kind == "text_to_text":
+        usable = ~np.isnan(found).any(axis=1) & np.isfinite(found).any(axis=1)
+        return np.where(usable, found.argmax(axis=1), NO_ANSWER)
     return np.where(np.isfinite(found).all(axis=1), found.argmax(axis=1), NO_ANSWER)
 
 

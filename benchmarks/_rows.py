@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import math
 import os
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mergectl.benchmarks import _sources
-from mergectl.benchmarks._contract import BenchmarkError, Part, Task, Use
+from mergectl.benchmarks._contract import BenchmarkError, Part, Take, Task, Use
 from mergectl.benchmarks._tables import Table, label_text
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What a task asks (`columns`, by input name) and the answers (`labels`: ids, or numbers for regression)."""
+    """What a task asks (`columns`, by input name) and the answers (`labels`: ids, or numbers for regression).
+
+    A text-to-text task asks in the columns `text` and `answers` (a list of texts each); labels are places in it.
+    """
 
     columns: dict[str, list[Any]]
     labels: list[int] | list[float]
@@ -28,11 +32,14 @@ class Rows:
         return len(self.labels)
 
 
-def load(task: Task, use: Use, *, data: Path | None = None, limit: int | None = None, seed: int = 0) -> Rows:
+def load(
+    task: Task, use: Use, *, data: Path | None = None, limit: int | None = None, seed: int = 0, template: int = 0
+) -> Rows:
     """Load a task's rows for one use from the data folder, the local cache or the hub, in this order.
 
     `limit` draws that many rows with NumPy's default_rng(seed), as `Dataset.shuffle(seed).select(range(limit))` does.
-    Rows without a label (-1) are skipped after the draw.
+    Rows without a label (-1) are skipped after the draw. `template` says which of a text-to-text task's templates asks;
+    -1 is each in turn, row by row.
     """
     if use not in task.parts:
         raise BenchmarkError(f"{task.id} has no rows for '{use}', only for {', '.join(task.parts)}.")
@@ -44,7 +51,11 @@ def load(task: Task, use: Use, *, data: Path | None = None, limit: int | None = 
     columns, labels, chosen = _labelled(task, columns, chosen, table)
     if not labels:
         raise BenchmarkError(f"{table.place} has no labelled rows for {task.id} ({use}).")
-    inputs = {name: _inputs(task, name, columns[name], chosen, table) for name in task.inputs}
+    if task.kind == "text_to_text":
+        places = [f"{table.place}, row {row}" for row in chosen]
+        inputs = _asked(task, template, columns, labels, places)
+    else:
+        inputs = {name: _inputs(task, name, columns[name], chosen, table) for name in task.inputs}
     return Rows(inputs, labels, [f"{split}/{row}" for row in chosen], split, table.place)
 
 
@@ -54,11 +65,42 @@ def choose(count: int, part: Part, limit: int | None, seed: int) -> list[int]:
 
     order = np.arange(count) if part.seed is None else np.random.RandomState(part.seed).permutation(count)
     order = order[int(part.start * count) : int(part.stop * count)]
+    if part.take is not None:
+        order = order[_taken(len(order), part.take)]
     if limit is not None and limit < 1:
         raise BenchmarkError(f"limit must be at least 1, got {limit}.")
     if limit is not None and limit < len(order):
         order = order[np.random.default_rng(seed).permutation(len(order))[:limit]]
     return [int(row) for row in order]
+
+
+def _taken(count: int, take: Take) -> list[int]:
+    """Return which of `count` rows are taken; a generator of its own shuffles as the seeded global one would."""
+    rows = list(range(count))
+    random.Random(take.seed).shuffle(rows)
+    first = take.rows if count > take.rows else count // 2
+    return rows[:first] if take.side == "first" else rows[first:]
+
+
+def _asked(
+    task: Task, template: int, columns: Mapping[str, list[Any]], labels: Sequence[Any], places: Sequence[str]
+) -> dict[str, list[Any]]:
+    """Put every row into words, and check that the right answer is among those offered."""
+    texts, answers = [], []
+    turns = task.templates if template == -1 else (task.templates[template],)
+    for row, place in enumerate(places):
+        used = turns[row % len(turns)]
+        text, offered = used.ask({name: columns[name][row] for name in task.inputs})
+        if not isinstance(text, str) or not all(isinstance(answer, str) and answer for answer in offered):
+            raise BenchmarkError(f"{place}: the template '{used.name}' of {task.id} finds no text or answer here.")
+        if labels[row] >= len(offered):
+            raise BenchmarkError(
+                f"{place}: '{task.label}' is {labels[row]}, but the template '{used.name}' of {task.id} offers only "
+                f"{len(offered)} answers."
+            )
+        texts.append(text)
+        answers.append(list(offered))
+    return {"text": texts, "answers": answers}
 
 
 def _prepared(task: Task, columns: Mapping[str, list[Any]], place: str) -> dict[str, list[Any]]:
@@ -101,9 +143,10 @@ def label_id(task: Task, value: Any, row: int, place: str, names: Sequence[str] 
     try:
         number = int(text)
     except ValueError:
-        number = len(task.labels)
-    if not -1 <= number < len(task.labels):
-        known = ", ".join(task.labels)
+        number = -2
+    own_answers = task.kind == "text_to_text" and not task.labels  # the row itself says how many
+    if number < -1 or (number >= len(task.labels) and not own_answers):
+        known = ", ".join(task.labels) or "whole numbers from 0"
         raise BenchmarkError(
             f"{place}, row {row}: '{task.label}' is {value!r}, which is no label of {task.id}. Its labels are: {known}."
         )

@@ -37,13 +37,16 @@ def _on_disk(task: Task, part: Part, data: Path | None, tried: list[str]) -> Ite
 
 
 def _in_folder(task: Task, split: str, data: Path | None, tried: list[str]) -> list[Path]:
-    """Return `<source>/<config>/<split>.parquet` in the data folder, or its shards as the hub names them."""
+    """Return `<source>/<config>/<split>.parquet` in the data folder, its shards as the hub names them, or its CSV."""
     if data is None:
         return []
     folder = Path(data) / task.source / task.config
-    whole = folder / f"{split}.parquet"
-    tried.append(f"there is no {whole}")
-    return [whole] if whole.is_file() else sorted(folder.glob(f"{split}-?????-of-?????.parquet"))
+    whole, text = folder / f"{split}.parquet", folder / f"{split}.csv"
+    if whole.is_file():
+        return [whole]
+    tried.append(f"there is no {text if task.obtain else whole}")
+    shards = sorted(folder.glob(f"{split}-?????-of-?????.parquet"))
+    return [text] if text.is_file() and not shards else shards
 
 
 def _in_cache(task: Task, split: str) -> list[Path]:
@@ -83,10 +86,12 @@ def _from_hub(
         except ConnectionError as error:
             tried.append(f"the hub gave no {task.hub} ({error})")
             break
-    where = Path(data or "DIR") / task.source / task.config / f"{part.split}.parquet"
+    ending = ".csv" if task.obtain else ".parquet"
+    where = Path(data or "DIR") / task.source / task.config / f"{part.split}{ending}"
     hint = "" if data else " and pass --data DIR"
     looked = "; ".join(tried) or "no data folder is given and it has no hub copy"
-    raise BenchmarkError(f"No rows for {task.id} ({use}): {looked}. Put them at {where}{hint}.")
+    advice = f" {task.obtain}" if task.obtain else ""
+    raise BenchmarkError(f"No rows for {task.id} ({use}): {looked}.{advice} Put them at {where}{hint}.")
 
 
 class _NoSplitError(LookupError):

@@ -83,7 +83,7 @@ def _name(spec: Mapping[str, Any]) -> str:
 
 
 def _kind(spec: Mapping[str, Any], name: str) -> Kind:
-    kinds: tuple[Kind, ...] = get_args(Kind)
+    kinds: list[Kind] = [kind for kind in get_args(Kind) if kind != "text_to_text"]  # its templates are code
     for kind in kinds:
         if spec.get("kind", "classification") == kind:
             return kind

@@ -14,6 +14,7 @@ from mergectl.families import Family, open_family
 from mergectl.lab import Lab, versions
 from mergectl.merge import MergeJob, merge
 from mergectl.publish import Target
+from mergectl.refs import ref_of
 from mergectl.tensorfiles import SHARD_BYTES
 from mergectl.verbs import Result, merge_models
 
@@ -46,11 +47,11 @@ def merge_again(lab: Lab, folder: Path, out: Path | None, *, force: bool = False
 
 def _compare(lab: Lab, job: MergeJob, family: Family, folder: Path, record: Mapping[str, Any]) -> str | None:
     """Merge into a folder that is removed afterwards."""
-    lab.torch_device()
+    device = lab.merge_device()
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.again-", dir=folder.absolute().parent) as work:
         made = Path(work) / folder.name
         with lab.terminal.progress(f"Merging {len(family.experts)} experts by {job.recipe.method} again") as progress:
-            merge(job, family, made, facts={"versions": versions()}, force=False, progress=progress)
+            merge(job, family, made, facts={"versions": versions()}, force=False, progress=progress, device=device)
         return difference(folder, made, record)
 
 
@@ -60,8 +61,8 @@ def job_of(record: Mapping[str, Any], folder: Path) -> MergeJob:
 
     try:
         recipe, output = record["recipe"], record.get("output", {})
-        base = next((row["ref"] for row in record["inputs"] if row["role"] == "base"), None)
-        refs = [row["ref"] for row in record["inputs"] if row["role"] == "expert"]
+        base = next((ref_of(row) for row in record["inputs"] if row["role"] == "base"), None)
+        refs = [ref_of(row) for row in record["inputs"] if row["role"] == "expert"]
         refine = [(step["name"], step["settings"]) for step in recipe["refine"]]
         names = [task if task.rsplit("/", 1)[-1] == short else short for short, task in record["tasks"].items()]
         return MergeJob(

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from mergectl.answers import ANSWER_METRICS, right_answers, write
 from mergectl.errors import UserError
 from mergectl.live import LiveModel
-from mergectl.preprocess import ImagePreparer, Preparer
+from mergectl.preprocess import Preparer
+from mergectl.text2text import AnswerPreparer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,6 +36,7 @@ class Bench:
     batches: tuple[Mapping[str, torch.Tensor], ...]
     order: tuple[int, ...]  # order[i] is the row that stands at place i of the batches
     preparer: Preparer
+    others: tuple[Bench, ...] = ()  # the same rows by a text-to-text task's other templates, where the median counts
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -48,11 +52,13 @@ def make_bench(
     batch_size: int = 64,
     seed: int = 0,
 ) -> Bench:
-    """Load and tokenise a task's rows for one use."""
+    """Load and tokenise a task's rows for one use, by all templates where the task asks for the median of them."""
     from mergectl.benchmarks import _rows
 
-    rows = _rows.load(task, split, data=data, limit=limit, seed=seed)
-    return bench_of(task, preparer, rows.columns, rows.labels, batch_size)
+    templates = range(len(task.templates) if task.pool == "median" else 1)
+    found = [_rows.load(task, split, data=data, limit=limit, seed=seed, template=number) for number in templates]
+    first, *others = [bench_of(task, preparer, rows.columns, rows.labels, batch_size) for rows in found]
+    return replace(first, others=tuple(others))
 
 
 def bench_of(
@@ -60,10 +66,11 @@ def bench_of(
 ) -> Bench:
     """Make a bench from columns that are already in memory."""
     examples = preparer.prepare(task, columns)
+    if isinstance(preparer, AnswerPreparer):
+        examples = [{**example, "labels": label} for example, label in zip(examples, labels, strict=True)]
     order = sorted(range(len(examples)), key=lambda row: -preparer.length(examples[row]))
-    stack = preparer.stack if isinstance(preparer, ImagePreparer) else preparer.collate
     cuts = range(0, len(order), batch_size)
-    batches = tuple(stack([examples[row] for row in order[start : start + batch_size]]) for start in cuts)
+    batches = tuple(preparer.stack([examples[row] for row in order[start : start + batch_size]]) for start in cuts)
     return Bench(task, tuple(labels), batches, tuple(order), preparer)
 
 
@@ -74,44 +81,116 @@ def score_model(
     dtype: str = "float32",
     order: Sequence[int] | None = None,
     progress: Progress | None = None,
+    answer_metric: str = "rank",
 ) -> dict[str, float]:
-    """Score a model, or a LiveModel with the task's head put on: its metrics, `score`, `seconds` and `examples`."""
-    from mergectl.benchmarks import _metrics
+    """Score a model, or a LiveModel with the task's head put on: its metrics, `score`, `seconds` and `examples`.
 
+    Where the median over several templates counts, `iqr` is the interquartile range of the main metric.
+    """
     start = time.perf_counter()
     if isinstance(model, LiveModel):
         order = model.order(bench.task.id)
         model = model.use(bench.task.id)
-    outputs = logits(model, bench, dtype=dtype, progress=progress)
-    if order is not None:
-        outputs = outputs[:, list(order)]
-    metrics = _metrics.scores(bench.task, list(bench.labels), outputs)
+    metrics = _pooled(
+        [_metrics_of(model, each, dtype, order, progress, answer_metric) for each in (bench, *bench.others)], bench.task
+    )
     seconds = time.perf_counter() - start
     return {"score": metrics[bench.task.metric], **metrics, "seconds": seconds, "examples": float(len(bench))}
 
 
-def logits(model: Any, bench: Bench, *, dtype: str = "float32", progress: Progress | None = None) -> Outputs:
-    """The model's outputs [rows, labels] in the rows' own order; the model is left in the mode it was in."""
+def _metrics_of(
+    model: Any, bench: Bench, dtype: str, order: Sequence[int] | None, progress: Progress | None, answer_metric: str
+) -> dict[str, float]:
+    from mergectl.benchmarks import _metrics
+
+    outputs = logits(model, bench, dtype=dtype, progress=progress, answer_metric=answer_metric)
+    if order is not None:
+        outputs = outputs[:, list(order)]
+    return _metrics.scores(bench.task, list(bench.labels), outputs)
+
+
+def _pooled(found: Sequence[Mapping[str, float]], task: Task) -> dict[str, float]:
+    """The median of each metric over the templates, and how far apart the quarters of the main one lie."""
+    import numpy as np
+
+    if len(found) == 1:
+        return dict(found[0])
+    low, high = np.percentile([metrics[task.metric] for metrics in found], [25, 75])
+    medians = {name: float(np.median([metrics[name] for metrics in found])) for name in found[0]}
+    return {**medians, "iqr": float(high - low)}
+
+
+def logits(
+    model: Any,
+    bench: Bench,
+    *,
+    dtype: str = "float32",
+    progress: Progress | None = None,
+    answer_metric: str = "rank",
+) -> Outputs:
+    """The model's outputs [rows, labels] in the rows' own order; the model is left in the mode it was in.
+
+    For a text-to-text task they are the scores of the answers, -inf where a row offers fewer than others.
+    """
     import numpy as np
     import torch
 
-    device = next(model.parameters()).device
     training = model.training
     model.eval()
     found = []
     try:
-        with torch.inference_mode(), _autocast(device.type, dtype):
-            for done, batch in enumerate(bench.batches, 1):
-                there = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-                found.append(model(**_finished(bench.preparer, there)).logits.float())
-                if progress is not None:
-                    progress(done, len(bench.batches), bench.task.id)
+        for done in range(1, len(bench.batches) + 1):
+            found.append(batch_logits(model, bench, done - 1, dtype=dtype, answer_metric=answer_metric))
+            if progress is not None:
+                progress(done, len(bench.batches), bench.task.id)
     finally:
         model.train(training)
-    stacked = torch.cat(found).cpu().numpy()
+    stacked = torch.cat(_equally_wide(found)).cpu().numpy()
     outputs = np.empty_like(stacked)
     outputs[list(bench.order)] = stacked
     return outputs
+
+
+def batch_logits(
+    model: Any, bench: Bench, number: int, *, dtype: str = "float32", answer_metric: str = "rank"
+) -> torch.Tensor:
+    """The outputs [rows, labels] for one batch of a bench, by a model that is in evaluation mode."""
+    import torch
+
+    device = next(model.parameters()).device
+    with torch.inference_mode(), _autocast(device.type, dtype):
+        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in bench.batches[number].items()}
+        if bench.task.kind == "text_to_text":
+            return ANSWER_METRICS[answer_metric](model, batch)
+        outputs: torch.Tensor = model(**_finished(bench.preparer, batch)).logits.float()
+    return outputs
+
+
+def written(model: Any, bench: Bench, count: int, length: int, *, dtype: str = "float32") -> list[tuple[str, str, str]]:
+    """The first rows of a text-to-text bench: the text, what the model writes (at most `length` tokens), the answer."""
+    import torch
+
+    assert isinstance(bench.preparer, AnswerPreparer)
+    device, rows = next(model.parameters()).device, iter(bench.order)
+    found: dict[int, tuple[str, str, str]] = {}
+    with torch.inference_mode(), _autocast(device.type, dtype):
+        for batch in bench.batches:
+            own = list(itertools.islice(rows, len(batch["input_ids"])))
+            kept = [place for place, row in enumerate(own) if row < count]
+            if kept:
+                asked = {name: batch[name][kept].to(device) for name in ("input_ids", "attention_mask")}
+                said = bench.preparer.decode(write(model, asked, length).sequences)
+                texts, answers = bench.preparer.decode(asked["input_ids"]), bench.preparer.decode(right_answers(batch))
+                found |= {own[p]: (text, words, answers[p]) for p, text, words in zip(kept, texts, said, strict=True)}
+    return [found[row] for row in sorted(found)]
+
+
+def _equally_wide(found: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Outputs of batches with as many columns as the widest has; only answers to texts ever differ in number."""
+    import torch
+
+    widest = max(outputs.shape[1] for outputs in found)
+    return [torch.nn.functional.pad(x, (0, widest - x.shape[1]), value=-torch.inf) for x in found]
 
 
 def _finished(preparer: Preparer, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

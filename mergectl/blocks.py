@@ -1,20 +1,21 @@
-"""Cut weights into blocks that stay near the processor, for methods that work element by element.
+"""Cut weights into blocks that stay near the processor, for methods that need no more than a block at a time.
 
-A block is known by a name of its own, so that a method sees one more weight. The length is fixed: it is part of what
-a random draw means.
+A block is known by a name of its own, so that a method sees one more weight. Its length is fixed: it is part of what
+a random draw means, and of the order in which sums are taken.
 """
 
 from __future__ import annotations
 
 import math
-import os
+import mmap
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergectl.errors import UserError
-from mergectl.headers import ITEM_BYTES, WORD_TO_TORCH
+from mergectl.headers import WORD_TO_TORCH
 
 if TYPE_CHECKING:
     import torch
@@ -24,11 +25,12 @@ LENGTH = 1 << 17  # elements: half a MiB in float32
 
 @dataclass(frozen=True)
 class Block:
-    """Elements `start` to `stop` of a weight, read as one row."""
+    """Elements `start` to `stop` of a weight: a row of numbers, or whole rows of the weight."""
 
     weight: str
     start: int
     stop: int
+    shape: tuple[int, ...]
 
     @property
     def name(self) -> str:
@@ -36,49 +38,75 @@ class Block:
         return f"{self.weight}\0{self.start:015d}"
 
 
-def cut(shapes: Mapping[str, tuple[int, ...]], names: Iterable[str]) -> dict[str, Block]:
-    """The blocks of the weights longer than one block, by name, in order."""
+def cut(shapes: Mapping[str, tuple[int, ...]], names: Iterable[str], *, in_rows: bool = False) -> dict[str, Block]:
+    """The blocks of the weights longer than one block, by name, in order; with `in_rows` of whole rows."""
     found = {}
     for name in names:
-        count = math.prod(shapes[name])
-        if count > LENGTH:
-            for start in range(0, count, LENGTH):
-                block = Block(name, start, min(start + LENGTH, count))
-                found[block.name] = block
+        count, width = math.prod(shapes[name]), shapes[name][-1] if shapes[name] else 1
+        if count <= LENGTH or (in_rows and width == count):
+            continue
+        step = max(1, LENGTH // width) * width if in_rows else LENGTH
+        for start in range(0, count, step):
+            stop = min(start + step, count)
+            block = Block(name, start, stop, ((stop - start) // width, width) if in_rows else (stop - start,))
+            found[block.name] = block
     return found
-
-
-def read(weights: Any, block: Block) -> torch.Tensor:
-    """Read a block: from the file where the weight stands in one as it is, else from memory."""
-    place = _place(weights, block.weight)
-    if place is not None:
-        return _read_file(place, weights.dtype(block.weight), block)
-    whole: torch.Tensor = weights[block.weight]
-    return whole.reshape(-1)[block.start : block.stop]
 
 
 def readable(weights: Any, name: str) -> bool:
     """Say whether reading a weight by blocks costs no more than reading it once."""
-    return _place(weights, name) is not None or isinstance(getattr(weights, "weights", weights), dict)
+    return place(weights, name) is not None or isinstance(getattr(weights, "weights", weights), dict)
 
 
-def _place(weights: Any, name: str) -> tuple[Path, int, int] | None:
+def place(weights: Any, name: str) -> tuple[Path, int, int] | None:
     """The file, first byte and number of bytes of a weight, from a mapping that can say it."""
     ask = getattr(weights, "where", None)
     found: tuple[Path, int, int] | None = ask(name) if callable(ask) else None
     return found
 
 
-def _read_file(place: tuple[Path, int, int], word: str, block: Block) -> torch.Tensor:
-    import torch
+class BlockReader:
+    """Lends blocks of one model's weights: of files mapped into memory where they stand in one as they are.
 
-    path, first, _ = place
-    item = ITEM_BYTES[word]
-    raw = torch.empty((block.stop - block.start) * item, dtype=torch.uint8)
-    with path.open("rb", buffering=0) as file:
-        if os.preadv(file.fileno(), [raw.numpy().data], first + block.start * item) != len(raw):
-            raise UserError(f"{path} became shorter while weight '{block.weight}' was read.")
-    return raw.view(getattr(torch, WORD_TO_TORCH[word]))
+    Several threads may read at once. What `read` returns belongs to the model: it is not to be changed.
+    """
+
+    def __init__(self, weights: Any) -> None:
+        self.weights = weights
+        self._files: dict[Path, mmap.mmap] = {}
+        self._found: dict[str, torch.Tensor | None] = {}
+        self._lock = threading.Lock()
+
+    def read(self, block: Block) -> torch.Tensor:
+        """A block as it is stored, in the block's shape."""
+        if block.weight not in self._found:
+            with self._lock:
+                self._found[block.weight] = self._find(block.weight)
+        whole = self._found[block.weight]
+        if whole is None:
+            whole = self.weights[block.weight].detach().reshape(-1)
+        return whole[block.start : block.stop].view(block.shape)
+
+    def _find(self, weight: str) -> torch.Tensor | None:
+        import torch
+
+        found = place(self.weights, weight)
+        if found is None:
+            return None
+        path, first, nbytes = found
+        if path not in self._files:
+            with path.open("rb") as file:  # a private mapping, which torch takes for one that could be written
+                self._files[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        if first + nbytes > len(self._files[path]):
+            raise UserError(f"{path} became shorter while weight '{weight}' was read.")
+        dtype = getattr(torch, WORD_TO_TORCH[self.weights.dtype(weight)])
+        raw = torch.frombuffer(self._files[path], dtype=torch.uint8, count=nbytes, offset=first)
+        return (raw if first % dtype.itemsize == 0 else raw.clone()).view(dtype)
+
+    def close(self) -> None:
+        """Forget the files; they are closed with the last block that was lent."""
+        self._found.clear()
+        self._files.clear()
 
 
 class Cut(Mapping[str, "torch.Tensor"]):
@@ -94,7 +122,7 @@ class Cut(Mapping[str, "torch.Tensor"]):
         if name not in self._blocks:
             return self._weights[name]
         block = self._blocks[name]
-        return torch.as_tensor(self._weights[block.weight]).reshape(-1)[block.start : block.stop]
+        return torch.as_tensor(self._weights[block.weight]).reshape(-1)[block.start : block.stop].reshape(block.shape)
 
     def __iter__(self) -> Iterator[str]:
         """Go through the weights' own names."""

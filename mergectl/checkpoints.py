@@ -7,6 +7,8 @@ from pathlib import Path
 
 from mergectl.adapters import AdapterCheckpoint
 from mergectl.errors import UserError
+from mergectl.refs import Cut, Ref, Stack
+from mergectl.stacking import CutTokens, Stacked
 from mergectl.weights import INDEX, PICKLED, PICKLED_INDEX, SINGLE, Checkpoint, read_json
 
 __all__ = [
@@ -63,8 +65,12 @@ def download(ref: str) -> Path:
     return folder
 
 
-def open_checkpoint(ref: str | Path, find_run: Callable[[str], Path | None] | None = None) -> Checkpoint:
-    """Open a model by folder, run id or hub id. Adapters (LoRA, IA3) open as the full model they stand for."""
+def open_checkpoint(ref: Ref | Path, find_run: Callable[[str], Path | None] | None = None) -> Checkpoint:
+    """Open a model by folder, run id or hub id. Adapters and stacks of layers open as the full model they stand for."""
+    if isinstance(ref, Cut):
+        return CutTokens(ref, open_checkpoint(ref.model, find_run))
+    if isinstance(ref, Stack):
+        return Stacked(ref, lambda model: open_checkpoint(model, find_run))
     folder = find_folder(ref, find_run)
     if (folder / "adapter_config.json").exists() and not any((folder / name).exists() for name in (SINGLE, INDEX)):
         return AdapterCheckpoint(folder, str(ref), lambda base: open_checkpoint(base, find_run))

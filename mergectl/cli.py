@@ -17,9 +17,11 @@ from typer.core import TyperCommand, TyperGroup
 
 from mergectl import commands
 from mergectl.errors import UserError, WorkError, did_you_mean
+from mergectl.finetune_command import finetune
 from mergectl.lab import Lab
 from mergectl.options import arrange, command
 from mergectl.publish import Target
+from mergectl.search_command import join
 
 SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
 
@@ -77,7 +79,7 @@ app = typer.Typer(
     epilog="A model is a folder, a hub id (org/name@revision) or a run of the store; a task is suite/task or a suite.",
 )  # fmt: skip
 merge_app = typer.Typer(cls=Methods, invoke_without_command=True, context_settings=SETTINGS)
-search_app = typer.Typer(cls=Methods, no_args_is_help=True, context_settings=SETTINGS)
+search_app = typer.Typer(cls=Methods, invoke_without_command=True, context_settings=SETTINGS)
 
 
 def _version(on: bool) -> None:
@@ -106,7 +108,7 @@ def _merge(
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="With -c or --again: the folder to write.")] = None,
     force: Annotated[bool, typer.Option("--force", help="With -c or --again: replace the output folder.")] = False,
-    shard_size: commands.ShardSize = "5GB",
+    shard_size: commands.ShardSize = None,
     push: commands.Push = None,
     public: commands.Public = False,
 ) -> None:
@@ -116,10 +118,11 @@ def _merge(
         raise UserError(f"-c {config} names its method itself. Leave out '{ctx.invoked_subcommand}', or the recipe.")
     if again is not None and (config is not None or ctx.invoked_subcommand is not None):
         raise UserError("--again takes the method and everything else from the folder's record. Leave out the rest.")
+    if ctx.invoked_subcommand is not None and (early := _typed(ctx, "out", "force", "shard_size", "push", "public")):
+        option = "--" + early[0].replace("_", "-")
+        raise UserError(f"Give {option} behind the method: mergectl merge {ctx.invoked_subcommand} ... {option}.")
     if config is not None:
-        source = ctx.get_parameter_source("seed")
-        keep = source is not None and source.name == "COMMANDLINE"
-        commands.merge_recipe(lab, config, target, keep_seed=keep)
+        commands.merge_recipe(lab, config, target, keep_seed=bool(_typed(ctx, "seed")))
     elif again is not None:
         from mergectl.again import show_again
 
@@ -129,15 +132,17 @@ def _merge(
         raise typer.Exit(2)
 
 
+def _typed(ctx: typer.Context, *names: str) -> list[str]:
+    """Those of the options that stand on the command line."""
+    sources = {name: ctx.get_parameter_source(name) for name in names}
+    return [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+
+
 merge_app.callback()(command(_merge))
 
 
-@search_app.callback()
-def _search() -> None:
-    """Search a method's settings on `tune`, keep the best, score it once on `report`."""
-
-
-app.command("finetune", cls=Verb, short_help="Fine-tune one expert per task.")(command(commands.finetune))
+search_app.callback()(command(join))
+app.command("finetune", cls=Verb, short_help="Fine-tune one expert per task.")(command(finetune))
 app.add_typer(merge_app, name="merge", short_help="Merge experts into one model.")
 app.command("eval", cls=Verb, short_help="Score a model on tasks.")(command(commands.evaluate))
 app.add_typer(search_app, name="search", short_help="Search a method's settings.")

@@ -32,6 +32,9 @@ class MergeFile(BaseModel):
     dtype: str = "auto"
     out: str | None = None
     export: str | None = None
+    shard_size: str | None = None
+    layer_map: str | dict[str | int, Any] | None = None  # experts of another depth: one map, or {expert: map}
+    depth: str = "base"  # whose number of layers a mapped merge has
     tasks: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
 
@@ -43,7 +46,10 @@ class PipelineFile(BaseModel):
     title: str
     paper: str | None = None
     settings: dict[str, Any] = Field(default_factory=dict)  # overridable by --set, used as ${name}
-    steps: list[dict[str, Any]]
+    smoke: dict[str, Any] = Field(default_factory=dict)  # the settings under which --smoke tries it in seconds
+    like: str | None = None  # a shipped pipeline whose steps these are, with other settings
+    folder: str | None = None  # where in the lab's runs/ it works, to share experts; the default is its name
+    steps: list[dict[str, Any]] = Field(default_factory=list)
     next: list[str] = Field(default_factory=list)  # commands to try afterwards
 
 

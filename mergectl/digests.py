@@ -1,4 +1,7 @@
-"""SHA-256 of files, remembered: a large file that has not been touched since is not read again."""
+"""BLAKE3 of files, remembered: a large file that has not been touched since is not read again.
+
+BLAKE3 is as safe as SHA-256 and takes no longer than the disk; SHA-256 takes longer than a merge.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,12 @@ import json
 import os
 from pathlib import Path
 
+CHUNK = 1 << 22  # bytes read at once: enough for several threads
 LARGE = 1 << 20  # bytes; smaller files are quicker read than looked up
 
 
-def sha256(path: Path) -> bytes:
-    """The SHA-256 of a file's bytes."""
+def blake3(path: Path) -> bytes:
+    """The BLAKE3 digest of a file's bytes."""
     facts = path.stat()
     if facts.st_size < LARGE:
         return _read(path)
@@ -32,8 +36,14 @@ def sha256(path: Path) -> bytes:
 
 
 def _read(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
+    import blake3 as library
+
+    found = library.blake3(max_threads=library.blake3.AUTO)
+    buffer = bytearray(min(CHUNK, path.stat().st_size + 1))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            found.update(memoryview(buffer)[:count])
+    return found.digest()
 
 
 def _folder() -> Path:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergectl.bench import Bench, bench_of, make_bench, score_model
+from mergectl.bench import Bench, bench_of, make_bench, score_model, written
 from mergectl.errors import UserError
 from mergectl.heads import open_live, own_tasks_of
 from mergectl.live import LiveModel
@@ -19,7 +19,18 @@ if TYPE_CHECKING:
 
 __all__ = ["Bench", "Evaluation", "LiveModel", "bench_of", "evaluate", "make_bench", "open_live", "score_model"]
 
+LENGTH = 32  # tokens that a model may write where its answers are shown
 BOOKKEEPING = ("seconds", "examples")
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a model wrote by itself for one row of a text-to-text task, beside the right answer."""
+
+    task: str
+    text: str
+    written: str
+    right: str
 
 
 @dataclass(frozen=True)
@@ -31,6 +42,7 @@ class Evaluation:
     metrics: Mapping[str, Mapping[str, float]]
     seconds: Mapping[str, float]
     examples: Mapping[str, int]
+    written: tuple[Written, ...] = ()
 
     @property
     def scores(self) -> dict[str, float]:
@@ -56,25 +68,48 @@ def evaluate(
     heads: Mapping[str, str | Path | Checkpoint] | None = None,
     progress: Callable[[int, int, str], None] | None = None,
     seed: int = 0,
+    answer_metric: str = "rank",
+    show: int = 0,
 ) -> Evaluation:
-    """Score a model on tasks (default: those it has heads for); `heads` names an expert per task to borrow from."""
+    """Score a model on tasks (default: those it has heads for); `heads` names an expert per task to borrow from.
+
+    `answer_metric` says how text-to-text tasks choose among answers: `rank` by how likely each is, or `greedy_prob`.
+    Of each such task, `show` rows are kept with what the model writes by itself.
+    """
     chosen = as_tasks(tasks if tasks is not None else own_tasks_of(model_ref), model_ref)
+    check_answers(answer_metric, show, chosen)
     live = open_live(model_ref, chosen, heads=heads, device=device)
     place = data or os.environ.get("MERGECTL_DATA")
     folder = Path(place) if place else None
     found: dict[str, dict[str, float]] = {}
+    shown: list[Written] = []
     for task in chosen:
         bench = make_bench(
             task, live.preparer_of(task.id), split=split, data=folder, limit=limit, batch_size=batch_size, seed=seed
         )
-        found[task.id] = score_model(live, bench, dtype=dtype, progress=progress)
+        found[task.id] = score_model(live, bench, dtype=dtype, progress=progress, answer_metric=answer_metric)
+        if show:
+            shown += [Written(task.id, *row) for row in written(live.use(task.id), bench, show, LENGTH, dtype=dtype)]
     return Evaluation(
         model=str(getattr(model_ref, "ref", model_ref)),
         split=split,
         metrics={t: {k: v for k, v in m.items() if k not in BOOKKEEPING} for t, m in found.items()},
         seconds={task: metrics["seconds"] for task, metrics in found.items()},
         examples={task: int(metrics["examples"]) for task, metrics in found.items()},
+        written=tuple(shown),
     )
+
+
+def check_answers(metric: str, show: int, tasks: Sequence[Task]) -> None:
+    """Refuse an unknown way to choose among answers, and to choose or show them where a task is answered by labels."""
+    from mergectl.answers import ANSWER_METRICS
+
+    if metric not in ANSWER_METRICS:
+        raise UserError(f"--answer-metric must be {' or '.join(ANSWER_METRICS)}, got '{metric}'.")
+    labelled = next((task.id for task in tasks if task.kind != "text_to_text"), None)
+    if labelled is not None and (metric != "rank" or show):
+        option = "--show" if show else f"--answer-metric {metric}"
+        raise UserError(f"{option} is for text-to-text tasks, and {labelled} is answered with a label.")
 
 
 def as_tasks(tasks: Sequence[str | Task] | str, model: Any = None) -> list[Task]:

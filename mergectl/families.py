@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,10 @@ from mergectl.adapters import AdapterCheckpoint
 from mergectl.checkpoints import Checkpoint, open_checkpoint
 from mergectl.errors import UserError
 from mergectl.lineup import Population, headed_prefix, line_up
+from mergectl.refs import Ref
+from mergectl.settings import describe
+from mergectl.stacking import CutTokens, Stacked
+from mergectl.tied import uses
 
 __all__ = ["Family", "Population", "headed_prefix", "line_up", "named", "open_family", "short_names"]
 
@@ -36,6 +40,18 @@ class Family:
     has_base: bool = True
     inputs: tuple[dict[str, Any], ...] = field(default=())
 
+    @property
+    def answering(self) -> dict[str, str]:
+        """Task id -> the expert whose head answers it: of several experts for one task, the first by name."""
+        return _answering(self.task_ids)
+
+    def supplies(self, method: str) -> dict[str, Any]:
+        """What the lab knows of these models and the method asks for."""
+        if "copies" not in describe(method).supplies:
+            return {}
+        view = self.population.base
+        return {"copies": uses(list(view), self.population.tied, self.base.config)}
+
 
 def named(items: Sequence[str] | Mapping[str, str]) -> tuple[tuple[str | None, str], ...]:
     """Experts as (task or None, model): from a list of `model` or `task=model`, or a mapping."""
@@ -52,8 +68,8 @@ def _split(item: str) -> tuple[str | None, str]:
 
 
 def open_family(
-    base_ref: str | None,
-    experts: Sequence[tuple[str | None, str]],
+    base_ref: Ref | None,
+    experts: Sequence[tuple[str | None, Ref]],
     find_run: Callable[[str], Path | None] | None = None,
 ) -> Family:
     """Open a base and its experts and line them up; headers are read, weights are not."""
@@ -61,18 +77,42 @@ def open_family(
         raise UserError("Name the models to merge: --experts MODEL MODEL ...")
     opened = [(task, open_checkpoint(ref, find_run)) for task, ref in experts]
     ids = [task or expert.task or expert.label for task, expert in opened]
-    shorts = short_names(ids)
+    shorts = short_names([_told_apart(task, ids, expert) for task, (_, expert) in zip(ids, opened, strict=True)])
     by_task = {short: expert for short, (_, expert) in zip(shorts, opened, strict=True)}
     base_ref = base_ref or _own_base(by_task)
     base = open_checkpoint(base_ref, find_run) if base_ref else opened[0][1]
     population = line_up(base, by_task)
+    stacked = {model.note(): None for model in (base, *by_task.values()) if isinstance(model, Stacked | CutTokens)}
+    population = replace(population, notes=(*stacked, *population.notes))
     known = {
         short: task if "/" in task else expert.task or task
         for short, task, (_, expert) in zip(shorts, ids, opened, strict=True)
     }
+    population = replace(population, notes=(*population.notes, *_shared_heads(known, population)))
     return Family(
         base, by_task, known, population, base_ref is not None, _inputs(base if base_ref else None, by_task, known)
     )
+
+
+def _told_apart(task: str, ids: Sequence[str], expert: Checkpoint) -> str:
+    """The name of an expert: its task's, or, of several for one task, that of the folder which a grid gave it."""
+    short = task.rsplit("/", 1)[-1]
+    return expert.label if ids.count(task) > 1 and expert.label.startswith(f"{short}-") else task
+
+
+def _answering(task_ids: Mapping[str, str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name in sorted(task_ids):
+        found.setdefault(task_ids[name], name)
+    return found
+
+
+def _shared_heads(task_ids: Mapping[str, str], population: Population) -> Iterator[str]:
+    """Say whose head answers a task for which there are several experts."""
+    for task, first in _answering(task_ids).items():
+        names = [name for name, own in task_ids.items() if own == task]
+        if len(names) > 1 and population.heads[first]:
+            yield f"{', '.join(names)} are all for {task}, which the result answers with the head of {first}."
 
 
 def _own_base(experts: Mapping[str, Checkpoint]) -> str | None:
@@ -98,8 +138,15 @@ def _own_base(experts: Mapping[str, Checkpoint]) -> str | None:
 def _inputs(
     base: Checkpoint | None, experts: Mapping[str, Checkpoint], ids: Mapping[str, str]
 ) -> tuple[dict[str, Any], ...]:
-    rows = [] if base is None else [{"role": "base", "task": None, "ref": str(base.ref), "digest": base.digest}]
     return (
-        *rows,
-        *({"role": "expert", "task": ids[t], "ref": str(e.ref), "digest": e.digest} for t, e in experts.items()),
+        *([] if base is None else [_input("base", None, base)]),
+        *(_input("expert", ids[task], expert) for task, expert in experts.items()),
     )
+
+
+def _input(role: str, task: str | None, model: Checkpoint) -> dict[str, Any]:
+    """What a record says of one model that goes into a merge."""
+    row = {"role": role, "task": task, "ref": str(model.ref), "digest": model.digest}
+    if isinstance(model, CutTokens):
+        return row | model.cut.record()
+    return row | (model.stack.record() if isinstance(model, Stacked) else {})

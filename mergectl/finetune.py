@@ -7,13 +7,16 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mergectl import artefacts
+from mergectl.digests import blake3
+from mergectl.dropout import rates, with_dropout
 from mergectl.errors import UserError
 from mergectl.finetune_config import FinetuneConfig
+from mergectl.naming import is_writer
 
 if TYPE_CHECKING:
     from mergectl.benchmarks._contract import Task
@@ -66,7 +69,8 @@ def _train(
     from mergectl import lowrank, models, training
     from mergectl.bench import make_bench
 
-    model = models.build(source, task, seed=config.seed, from_scratch=config.from_scratch)
+    given = source if config.model_dropout is None else with_dropout(source, config.model_dropout)
+    model = models.build(given, task, seed=config.seed, from_scratch=config.from_scratch)
     preparer = models.preparer_for(source, model.config, task, config.max_length)
     examples = _examples(task, preparer, config, data)
     bench = make_bench(task, preparer, split="tune", data=data, limit=config.limit_tune, seed=config.seed)
@@ -96,7 +100,8 @@ def _resolved(word: str) -> Task:
 def _examples(task: Task, preparer: Preparer, config: FinetuneConfig, data: Path | None) -> list[dict[str, Any]]:
     from mergectl.benchmarks import _rows
 
-    rows = _rows.load(task, "fit", data=data, limit=config.limit_fit, seed=config.seed)
+    template = -1 if task.pool == "median" else 0
+    rows = _rows.load(task, "fit", data=data, limit=config.limit_fit, seed=config.seed, template=template)
     examples = preparer.prepare(task, rows.columns)
     return [{**example, "labels": label} for example, label in zip(examples, rows.labels, strict=True)]
 
@@ -127,17 +132,26 @@ def _write(
             model.peft_config["default"].base_model_name_or_path = config.base
             model.save_pretrained(folder / "adapter")
             model = lowrank.fold(model)
-        _restore_cache(model.config, source)
+        _restore(model, source)
         model.save_pretrained(folder)
         preparer.save(folder)
+        config = replace(config, max_length=getattr(preparer, "max_length", None))  # as used; images have none
         artefacts.write_json(folder / "mergectl.json", _record(config, task, source, result, run))
 
 
-def _restore_cache(config: Any, source: Source) -> None:
-    """Trainer turns the cache of generation off for good; an expert's configuration should say what its base's says."""
+def _restore(model: Any, source: Source) -> None:
+    """Let an expert's configuration say what its base's says, and whether embedding and head are one weight.
+
+    Trainer turns the cache of generation off for good, transformers calls every T5 tied, and dropout may be ours.
+    """
+    config = model.config
     vars(config).pop("use_cache", None)
     if "use_cache" in source.config:
         config.use_cache = source.config["use_cache"]
+    for name, rate in rates(source.config).items():
+        setattr(config, name, rate)
+    if is_writer(model):
+        config.tie_word_embeddings = model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 def _record(config: FinetuneConfig, task: Task, source: Source, result: Mapping[str, Any], run: Any) -> dict[str, Any]:
@@ -157,6 +171,8 @@ def _job(config: FinetuneConfig, task: Task, source: Source, data: Path | None) 
     """What must be the same for a training to be gone on with."""
     digest = None if source.weights is None else source.weights.digest
     found = {**asdict(config), "task": task.id, "version": task.version, "base_digest": digest, "data": str(data)}
+    if config.masks is not None:
+        found["masks_digest"] = blake3(Path(config.masks)).hex()
     copied: dict[str, Any] = json.loads(json.dumps(found))
     return copied
 

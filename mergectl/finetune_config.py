@@ -8,6 +8,7 @@ from mergectl.errors import UserError
 
 LEARNING_RATES = {"none": 5e-5, "lora": 5e-4, "ia3": 5e-3}
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial")
+ORDERS = ("shuffled", "sequential")
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class FinetuneConfig:
     weight_decay: float = 0.01
     warmup: float = 0.06  # share of all steps
     scheduler: str = "linear"
-    max_length: int = 128
+    max_length: int | None = None  # tokens of a text; None: 128, for text-to-text 512
     seed: int = 0
     peft: str = "none"
     rank: int = 8
@@ -39,15 +40,21 @@ class FinetuneConfig:
     limit_tune: int | None = None
     by_length: bool = False  # rows of like length share a batch: less padding, up to twice as fast on texts
     from_scratch: bool = False  # the base's configuration with fresh weights
+    order: str = "shuffled"  # or sequential: the rows as the data have them, in every epoch
+    max_grad_norm: float = 1.0  # longer gradients are cut to this length; 0: never
+    model_dropout: float | None = None  # None: as the base's configuration says
+    masks: str | None = None  # a file of ownership masks: only what they mark is trained
 
     def __post_init__(self) -> None:
         for name, low, high, rule in _RANGES:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise UserError(f"{name} must {rule}, got {value}.")
-        for name, words in (("peft", tuple(LEARNING_RATES)), ("scheduler", SCHEDULERS)):
+        for name, words in (("peft", tuple(LEARNING_RATES)), ("scheduler", SCHEDULERS), ("order", ORDERS)):
             if getattr(self, name) not in words:
                 raise UserError(f"{name} must be one of {', '.join(words)}, got '{getattr(self, name)}'.")
+        if self.by_length and self.order == "sequential":
+            raise UserError("by_length puts rows in an order of its own, so order=sequential has no meaning beside it.")
 
     @property
     def learning_rate(self) -> float:
@@ -67,6 +74,8 @@ _RANGES: tuple[tuple[str, float, float, str], ...] = (
     ("rank", 1, 4096, "lie between 1 and 4096"),
     ("alpha", 1e-6, 10**6, "be above 0"),
     ("dropout", 0, 0.99, "lie between 0 and 0.99"),
+    ("model_dropout", 0, 0.99, "lie between 0 and 0.99"),
+    ("max_grad_norm", 0, 10**6, "be at least 0, which means no limit"),
     ("accumulation", 1, 10**6, "be at least 1"),
     ("patience", 1, _MANY, "be at least 1"),
     ("eval_every", 1, _MANY, "be at least 1"),

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import glob
-import re
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
-_LAYER = re.compile(r"((?:[^.]+\.)*?)(\d+)\.")
+from mergectl.layers import NUMBERED, stacks
 
 
 class Depth:
-    """How deep in its stack of layers a weight lies, by the layer numbers in the names.
-
-    A model may have several stacks (encoder and decoder); a numbered list with few weights beside them is none.
-    """
+    """How deep in its stack of layers a weight lies; a model may have several stacks (encoder and decoder)."""
 
     def __init__(self, names: Sequence[str]) -> None:
-        found = [match for name in names if (match := _LAYER.match(name))]
-        weights = Counter(match[1] for match in found)
-        large = {stack for stack, count in weights.items() if 4 * count >= max(weights.values())}
-        self.layers = {stack: 1 + max(int(match[2]) for match in found if match[1] == stack) for stack in large}
+        self.layers = stacks(names)
 
     @property
     def count(self) -> int:
@@ -30,7 +23,7 @@ class Depth:
 
     def of(self, name: str) -> float:
         """Return 0 for the first layer to 1 for the last, and 0 outside of layers."""
-        match = _LAYER.match(name)
+        match = NUMBERED.match(name)
         if match is None or match[1] not in self.layers:
             return 0.0
         last = self.layers[match[1]] - 1

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from mergectl.checkpoints import Checkpoint, read_json
 from mergectl.errors import UserError
 from mergectl.live import LiveModel
-from mergectl.models import Source, empty_model, fill, model_config, open_source, pick_device, preparer_for
-from mergectl.naming import is_backbone, live_tensors, match
+from mergectl.models import Source, empty_model, fill, model_config, open_source, pick_device, preparer_for, tie
+from mergectl.naming import is_backbone, is_writer, live_tensors, match
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +40,9 @@ def open_live(
     preparers = {length: preparer_for(source, config, tasks[0], length) for length in set(lengths.values())}
     preparer = preparers[lengths[tasks[0].id]]
     built = empty_model(config, tasks[0])
-    unset = fill(built, source.weights, source.ref, with_head=False)
+    if is_writer(built):
+        tie(built, source)
+    unset = fill(built, source.weights, source.ref, with_head=is_writer(built))
     prefix = built.base_model_prefix
     live = LiveModel(built, preparer, pick_device(device), pooled={s for s in unset if is_backbone(s, prefix)})
     live.unused = frozenset(match(source.weights, live_tensors(built), prefix)[1])
@@ -65,6 +67,13 @@ def _one_kind(tasks: Sequence[Task]) -> None:
     texts = [task.id for task in tasks if task.kind != "image_classification"]
     if images and texts:
         raise UserError(f"No model reads both images ({images[0]}) and texts ({texts[0]}). Evaluate them apart.")
+    worded = [task.id for task in tasks if task.kind == "text_to_text"]
+    labelled = [task for task in texts if task not in worded]
+    if worded and labelled:
+        raise UserError(
+            f"{worded[0]} is answered in words and {labelled[0]} with a label, which takes two kinds of models. "
+            "Evaluate them apart."
+        )
 
 
 def add_heads(
@@ -75,7 +84,10 @@ def add_heads(
     for task in tasks:
         ref = given.get(task.id, given.get(task.name))
         info = stored.get(task.id, stored.get(task.name))
-        if ref is not None:
+        if task.kind == "text_to_text":
+            live.add_head(task, {})  # the model answers every such task as it is
+            _put_masks(live, task, info)
+        elif ref is not None:
             _from_expert(live, task, open_source(ref), info)
         elif info is not None:
             _from_folder(live, task, info, source)
@@ -91,7 +103,10 @@ def stored_heads(source: Source) -> dict[str, dict[str, Any]]:
     """Task id (or short name where the id is not known) -> what a merged folder says of its head."""
     if source.weights is None:
         return {}
-    return {str(info.get("task") or short): info for short, info in source.weights.heads.items()}
+    found: dict[str, dict[str, Any]] = {}
+    for short, info in source.weights.heads.items():
+        found.setdefault(str(info.get("task") or short), info)  # of several experts for one task, the first by name
+    return found
 
 
 def own_tasks_of(model: str | Path | Checkpoint) -> list[str]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mergectl import blocks
-from mergectl.blocks import Block
+from mergectl.blocks import Block, BlockReader
 from mergectl.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,13 +43,14 @@ class Inputs:
     """Base and experts of one merge, read weight by weight in float32; every weight is checked when first read.
 
     Weights stored in float64 stay so. `unchanged` holds the tasks whose expert has not differed from the base so far.
+    Several threads may read at once.
     """
 
-    def __init__(self, base: Weights | None, experts: Mapping[str, Weights]) -> None:
+    def __init__(self, base: Weights | None, experts: Mapping[str, Weights], device: str = "cpu") -> None:
         """Check names and shapes of base and experts."""
         if not experts:
             raise UserError("There is no expert to merge. Give at least one.")
-        self.base, self.experts, self.tasks = base, experts, tuple(experts)
+        self.base, self.experts, self.tasks, self.device = base, experts, tuple(experts), device
         self.first: Weights = next(iter(experts.values())) if base is None else base
         self.floating = [name for name in self.first if is_floating(self.first, name)]
         self.carried = [name for name in self.first if not is_floating(self.first, name)]
@@ -56,77 +58,114 @@ class Inputs:
         self.blocks: dict[str, Block] = {}
         self.unchanged = set(self.tasks)
         self._seen: set[str] = set()
-        self._last: tuple[str, torch.Tensor | None] = ("", None)  # the base's weight read last
+        self._last = threading.local()  # the base's weight that a thread read last
+        self._readers = {id(model): BlockReader(model) for model in self._models()}
         for task, expert in experts.items():
             check_names(self.first, expert, task, self.floating)
 
-    def cut(self, names: Sequence[str]) -> list[str]:
+    def _models(self) -> list[Weights]:
+        return [*self.experts.values(), *([] if self.base is None else [self.base])]
+
+    def close(self) -> None:
+        """Close the files that reading opened."""
+        for reader in self._readers.values():
+            reader.close()
+
+    def cut(self, names: Sequence[str], *, in_rows: bool) -> list[str]:
         """Return the names with every long weight replaced by its blocks, where all models can be read by blocks."""
-        models = [*self.experts.values(), *([] if self.base is None else [self.base])]
-        found = blocks.cut(self.shapes, [n for n in names if all(blocks.readable(model, n) for model in models)])
+        can_be_read = [n for n in names if all(blocks.readable(model, n) for model in self._models())]
+        found = blocks.cut(self.shapes, can_be_read, in_rows=in_rows)
         self.blocks |= found
-        self.shapes |= {name: (block.stop - block.start,) for name, block in found.items()}
+        self.shapes |= {name: block.shape for name, block in found.items()}
         own: dict[str, list[str]] = {}
         for block in found.values():
             own.setdefault(block.weight, []).append(block.name)
         return [unit for name in names for unit in own.get(name, [name])]
 
-    def size(self, name: str) -> int:
-        """Return the number of elements of the whole weight that a name belongs to."""
-        return math.prod(self.shapes[self.blocks[name].weight if name in self.blocks else name])
+    def wholes(self, names: Iterable[str]) -> dict[str, tuple[str, int]]:
+        """Return the weight and its number of elements for each name that stands for a block."""
+        found = {name: self.blocks[name].weight for name in names if name in self.blocks}
+        return {name: (weight, math.prod(self.shapes[weight])) for name, weight in found.items()}
 
-    def _get(self, weights: Weights, name: str) -> torch.Tensor:
-        """Read a weight or a block of one model."""
-        return _wide(blocks.read(weights, self.blocks[name]) if name in self.blocks else weights[name])
+    def _get(self, model: Weights, name: str) -> torch.Tensor:
+        """Read a weight or a block as it is stored; it belongs to the model and is not to be changed."""
+        stored = self._readers[id(model)].read(self.blocks[name]) if name in self.blocks else model[name].detach()
+        if self.device.startswith("cuda"):
+            stored = stored.pin_memory()  # torch keeps it until it has been copied
+        return stored.to(self.device, non_blocking=True)
 
     def base_weight(self, name: str) -> torch.Tensor:
         """Read one weight of the base."""
-        if name not in self._seen:
-            self._read(name)
-        if self._last[0] != name:
+
+        if getattr(self._last, "name", None) != name:
             assert self.base is not None
-            self._last = (name, self._get(self.base, name))
-        assert self._last[1] is not None
-        return self._last[1]
+            self._last.weight = _wide(self._get(self.base, name))
+            self._last.name = name
+        weight: torch.Tensor = self._last.weight
+        return weight
 
     def weights(self, name: str) -> torch.Tensor:
         """Read one weight of all experts: [task, *shape]."""
         import torch
 
-        return torch.stack(self._read(name))
+        double = any(is_double(model, self._weight(name)) for model in self.experts.values())
+        result = torch.empty(
+            (len(self.tasks), *self.shapes[name]),
+            dtype=torch.float64 if double else torch.float32,
+            device=self.device,
+        )
+        for row, expert in zip(result, self.experts.values(), strict=True):
+            row.copy_(self._get(expert, name))
+        if name not in self._seen:
+            self._check(name, result, None)
+        return result
 
     def deltas(self, name: str) -> torch.Tensor:
         """Read one weight of all task vectors in float32: [task, *shape]."""
         import torch
 
-        rows, base = self._read(name), self.base_weight(name)
-        result = torch.empty((len(rows), *base.shape), dtype=torch.float32)
-        for delta, row in zip(result, rows, strict=True):
-            if row.dtype == base.dtype == torch.float32:
-                torch.sub(row, base, out=delta)
+        base = self.base_weight(name)
+        result = torch.empty((len(self.tasks), *base.shape), dtype=torch.float32, device=self.device)
+        for delta, expert in zip(result, self.experts.values(), strict=True):
+            stored = self._get(expert, name)
+            if stored.dtype == base.dtype == torch.float32:
+                torch.sub(stored, base, out=delta)
+            elif stored.dtype == torch.float64 or base.dtype == torch.float64:
+                delta.copy_(stored.double() - base)
             else:
-                delta.copy_(row - base)
+                delta.copy_(stored).sub_(base)
+        if name not in self._seen:
+            self._check(name, result, result)
         return result
 
-    def _read(self, name: str) -> list[torch.Tensor]:
-        """Read one weight of all experts; the first time, refuse what is not finite and note who is unchanged."""
-        import torch
+    def _weight(self, name: str) -> str:
+        return self.blocks[name].weight if name in self.blocks else name
 
-        rows = [self._get(expert, name) for expert in self.experts.values()]
-        if name in self._seen:
-            return rows
-        base = None if self.base is None else self._get(self.base, name)
-        self._last = (name, base)
-        models = dict(zip((f"the expert '{task}'" for task in self.tasks), rows, strict=True))
-        for who, x in {**models, **({} if base is None else {"the base": base})}.items():
-            if not _is_finite(x):
-                whole = self.blocks[name].weight if name in self.blocks else name
-                raise UserError(f"Weight '{whole}' of {who} holds NaN or infinite numbers; such a model is not merged.")
-        if base is not None and base.numel():
-            pairs = zip(self.tasks, rows, strict=True)
-            self.unchanged = {task for task, row in pairs if task in self.unchanged and torch.equal(row, base)}
+    def _check(self, name: str, rows: torch.Tensor, deltas: torch.Tensor | None) -> None:
+        """The first time a weight is read: refuse what is not finite, and note who is unchanged."""
+        if not math.isfinite(float(rows.sum())):  # a sum of finite numbers may overflow, so look again
+            self._refuse_infinite(name)
+        if self.base is not None and deltas is None and not math.isfinite(float(self.base_weight(name).sum())):
+            self._refuse_infinite(name)
+        if self.base is not None and rows.numel():
+            for task, row in zip(self.tasks, rows if deltas is None else deltas, strict=True):
+                if task in self.unchanged and bool((row - self.base_weight(name) if deltas is None else row).any()):
+                    self.unchanged.discard(task)
         self._seen.add(name)
-        return rows
+
+    def _refuse_infinite(self, name: str) -> None:
+        """Name the model that holds NaN or infinite numbers, if there is one."""
+        models = {f"the expert '{task}'": model for task, model in self.experts.items()}
+        for who, model in {**models, **({} if self.base is None else {"the base": self.base})}.items():
+            if not _is_finite(self._get(model, name)):
+                raise UserError(
+                    f"Weight '{self._weight(name)}' of {who} holds NaN or infinite numbers; such a model is not merged."
+                )
+
+
+def is_double(weights: Any, name: str) -> bool:
+    """Say whether a weight is stored in float64."""
+    return str(dtype_of(weights, name)).upper() in ("F64", "TORCH.FLOAT64")
 
 
 def _is_finite(x: torch.Tensor) -> bool:
@@ -135,8 +174,7 @@ def _is_finite(x: torch.Tensor) -> bool:
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
-    """Return a weight as float32 (float64 if it is stored so) in main memory."""
-    x = x.detach().cpu()
+    """Return a weight as float32, float64 if it is stored so."""
     return x if x.element_size() == 8 else x.float()
 
 

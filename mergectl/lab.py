@@ -97,6 +97,14 @@ class Lab:
                 return _unchanged(run["run_id"], Path(artifact["path"]), artifact["digest"])
         raise UserError(f"Run {run['run_id']} ({run['kind']}, {run['status']}) has no model.")
 
+    def merge_device(self) -> str:
+        """Set torch's threads and return the device to merge on: a CUDA device only where it is asked for by name.
+
+        Merging waits for the disk most of the time, and the processor's results are the same everywhere.
+        """
+        device = self.torch_device()
+        return device if self.device.startswith("cuda") else "cpu"
+
     def torch_device(self) -> str:
         """Set torch's threads and return the device to compute on; `auto` is CUDA, then MPS, then the processor."""
         import torch

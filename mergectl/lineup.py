@@ -15,6 +15,7 @@ from mergectl.checkpoints import Checkpoint
 from mergectl.errors import UserError
 from mergectl.headers import FLOATING
 from mergectl.naming import OLD_SPELLINGS
+from mergectl.tied import repeated
 from mergectl.views import TOKENS, Grown, Renamed, grown
 
 HEADED = ("Classification", "QuestionAnswering", "MultipleChoice")
@@ -46,6 +47,8 @@ def line_up(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> Population:
     merged = {name: own for name, own in shared.items() if base.dtype(own) in FLOATING}
     _same_kinds(base, shared, experts, views)
     grown = _grown(base, merged, experts, views)
+    twice = repeated([Renamed(base, merged), *(Renamed(experts[t], views[t]) for t in experts)])
+    merged = {name: own for name, own in merged.items() if name not in twice}
     by_task = {t: Renamed(experts[t], {n: views[t][n] for n in merged}, grown) for t in experts}
     ours = Renamed(base, merged, grown)
     carried = [n for n in base.names if n not in merged.values()]
@@ -57,6 +60,8 @@ def line_up(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> Population:
     notes += [f"'{n}' of the base repeats '{of}' and goes on to, as it is merged." for n, of in tied.items()]
     if lone := [n for n in carried if n not in shared.values() and n not in tied]:
         notes.append(f"No expert has {_some(lone)}: kept from the base.")
+    tied |= {shared[name]: of for name, of in twice.items()}
+    copies = {task: found | {views[task][name]: of for name, of in twice.items()} for task, found in copies.items()}
     rest = tuple(name for name in carried if name not in tied)
     return Population(ours, by_task, own_heads, rest, tied, copies, tuple(notes))
 

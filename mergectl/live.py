@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergectl.errors import UserError
 from mergectl.models import check_complete, empty_model, head_labels, put
-from mergectl.naming import find_slot, is_backbone, live_names, live_tensors, match
+from mergectl.naming import find_slot, is_backbone, is_writer, live_names, live_tensors, match
 
 if TYPE_CHECKING:
     import torch
@@ -45,8 +45,9 @@ class LiveModel:
     def __init__(self, model: Any, preparer: Preparer, device: str, *, pooled: Collection[str] = ()) -> None:
         self.model, self.preparer, self.device = model.to(device).eval(), preparer, device
         self.prefix: str = model.base_model_prefix
-        slots = live_tensors(self.model)
-        self.backbone = {s: t.detach() for s, t in slots.items() if is_backbone(s, self.prefix) and s not in pooled}
+        slots, whole = live_tensors(self.model), is_writer(model)
+        shared = {s for s in slots if whole or (is_backbone(s, self.prefix) and s not in pooled)}
+        self.backbone = {s: t.detach() for s, t in slots.items() if s in shared}
         paths = live_names(self.model)
         self._places = {s: _place(self.model, paths[s]) for s in slots if s not in self.backbone}
         self.preparers: dict[str, Preparer] = {}  # by task, where its head was trained on texts of another length
@@ -136,7 +137,8 @@ class LiveModel:
         for slot, parameter in head.weights.items():
             module, attribute = self._places[slot]
             setattr(module, attribute, parameter)
-        self.model.num_labels = self.model.config.num_labels = len(head_labels(head.task))
+        if self._places:
+            self.model.num_labels = self.model.config.num_labels = len(head_labels(head.task))
         if self._kept is not None and self._masked_for != task:
             self._apply_masks(head, self._kept)
             self._masked_for = task
@@ -155,6 +157,8 @@ class LiveModel:
 
     def _head_shapes(self, task: Task) -> dict[str, torch.Tensor]:
         """The head's slots as a model with this task's labels would have them (no memory is used)."""
+        if not self._places:
+            return {}
         config = self.model.config
         before = config.num_labels
         config.num_labels = len(head_labels(task))

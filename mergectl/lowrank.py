@@ -6,19 +6,20 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from mergectl.errors import UserError
-from mergectl.naming import is_backbone
+from mergectl.naming import is_backbone, is_writer
 
 if TYPE_CHECKING:
     from mergectl.finetune_config import FinetuneConfig
 
 # The first row whose modules the model has: attention query and value for LoRA; key, value and feed-forward for IA3.
-LORA = (("query", "value"), ("query_proj", "value_proj"), ("q_proj", "v_proj"), ("in_proj",), ("c_attn",))
+LORA = (("query", "value"), ("query_proj", "value_proj"), ("q_proj", "v_proj"), ("in_proj",), ("c_attn",), ("q", "v"))
 IA3 = (
     (("key", "value"), "output.dense"),
     (("key_proj", "value_proj"), "output.dense"),
     (("k_proj", "v_proj"), "fc2"),
     (("in_proj",), "output.dense"),
     (("c_attn",), "mlp.c_proj"),
+    (("k", "v"), "wo"),
 )
 
 
@@ -40,8 +41,9 @@ def put_on(model: Any, config: FinetuneConfig) -> Any:
 def _settings(model: Any, config: FinetuneConfig) -> Any:
     from peft import IA3Config, LoraConfig, TaskType
 
+    kind = TaskType.SEQ_2_SEQ_LM if is_writer(model) else TaskType.SEQ_CLS
     facts: dict[str, Any] = {
-        "task_type": None if model.main_input_name == "pixel_values" else TaskType.SEQ_CLS,
+        "task_type": None if model.main_input_name == "pixel_values" else kind,
         "modules_to_save": head_modules(model),
         "fan_in_fan_out": model.config.model_type == "gpt2",  # its Conv1D stores weights transposed
     }
@@ -77,7 +79,9 @@ def _nothing(model: Any, config: FinetuneConfig) -> str:
 
 
 def head_modules(model: Any) -> list[str]:
-    """The top modules outside the backbone: the classifier, and for some models a pooler."""
+    """The top modules outside the backbone: the classifier, for some models a pooler; none if the model writes."""
+    if is_writer(model):
+        return []
     outside = [name for name, _ in model.named_parameters() if not is_backbone(name, model.base_model_prefix)]
     return list(dict.fromkeys(name.split(".")[0] for name in outside))
 

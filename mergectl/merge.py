@@ -11,6 +11,7 @@ from mergectl import artefacts
 from mergectl.checkpoints import Checkpoint
 from mergectl.errors import UserError
 from mergectl.families import Family
+from mergectl.refs import Ref
 from mergectl.tensorfiles import SHARD_BYTES
 from mergectl.terminal import Progress
 
@@ -40,16 +41,17 @@ class MergeJob:
     """All that decides what a merged model is."""
 
     recipe: Recipe
-    experts: tuple[tuple[str | None, str], ...]  # (task, model); the task may be left to the model's own record
-    base: str | None = None
+    experts: tuple[tuple[str | None, Ref], ...]  # (task, model); the task may be left to the model's own record
+    base: Ref | None = None
     dtype: str = "auto"
     export: str | None = None  # write one task's dense stand-alone checkpoint instead of the shared model
     shard_bytes: int = SHARD_BYTES  # a model file grows no larger than this
 
 
 def merge(
-    job: MergeJob, family: Family, out: Path, *, facts: Mapping[str, Any], force: bool, progress: Progress
-) -> str:
+    job: MergeJob, family: Family, out: Path, *, facts: Mapping[str, Any], force: bool, progress: Progress,
+    device: str = "cpu",
+) -> str:  # fmt: skip
     """Merge `family` as `job` says into the folder `out`; return the digest of the result."""
     from mergectl.merging import merge_stream
     from mergectl.records import write_records
@@ -59,7 +61,8 @@ def merge(
         raise UserError(f"--export {job.export}: the experts are {', '.join(family.experts)}.")
     base = family.population.base if family.has_base else None
     form = Form(out_dtype(job.dtype, family), job.dtype != "auto", job.shard_bytes)
-    stream = merge_stream(job.recipe, base, family.population.experts)
+    supplies = family.supplies(job.recipe.method)
+    stream = merge_stream(job.recipe, base, family.population.experts, supplies=supplies, device=device)
     with artefacts.new_folder(out, force=force) as folder:
         if job.export is None:
             write_shared(family, stream, folder, form, progress)

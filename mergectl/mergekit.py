@@ -1,7 +1,7 @@
 """mergekit's recipes: YAML with a `merge_method`, checked key by key and turned into a merge of ours.
 
-Recipes that merge whole models are read; those that stack layers of several are refused. Everything that can be said
-without the models is said before one is opened; their headers are read only where a parameter differs between weights.
+Everything that can be said without the models is said before one is opened; their headers are read only where layers
+are chosen, or a parameter differs between weights.
 """
 
 from __future__ import annotations
@@ -28,36 +28,65 @@ KEYS_NOT_READ = {
     "tokenizer": "the tokenizer is that of base_model; leave it out",
     "chat_template": "the chat template is that of base_model; leave it out",
 }
+SLICE_KEYS_NOT_READ = {
+    "base_model": "all slices have the base_model at the top",
+    "residual_weight": "it has no meaning in mergekit either",
+}
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
 @dataclass(frozen=True)
 class Source:
-    """One model of a recipe, with the parameters it has for itself."""
+    """One model in a slice: its parameters, and its layers from the first to that after the last (None: all)."""
 
     ref: str
     parameters: Mapping[str, Any]
     place: Place
+    layers: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Layers of the result, each merged of one layer of every source; a recipe of whole models has one slice."""
+
+    sources: tuple[Source, ...]
+    parameters: Mapping[str, Any]
+    place: Place
+
+    @property
+    def length(self) -> int | None:
+        """How many layers it makes; None for all that the models have."""
+        layers = self.sources[0].layers
+        return None if layers is None else layers[1] - layers[0]
 
 
 @dataclass(frozen=True)
 class MergekitFile:
-    """A recipe as written: its models in order, and its parameters from the nearest to the farthest level."""
+    """A recipe as written: its slices in order, its parameters at the top, and what the result is to be."""
 
     path: Path
     lines: Mapping[Place, int]
     name: str
     base: str | None
-    sources: tuple[Source, ...]
-    levels: tuple[tuple[Mapping[str, Any], Place], ...]
-    ranges: tuple[tuple[int, int, Place], ...]
+    slices: tuple[Slice, ...]
+    whole: bool  # written as a list of models
+    parameters: Mapping[str, Any]
     dtype: str
+    tokens: str | None  # base or union, where the recipe speaks of the tokenizer
 
     @property
     def method(self) -> Method:
         """What the method is here; it depends on one parameter."""
-        given = [level["rescale"] for level, _ in self.levels if "rescale" in level]
-        return RESCALED_TIES if self.name == "ties" and any(given) else METHODS[self.name]
+        levels = [self.parameters, *(part.parameters for part in self.slices)]
+        return RESCALED_TIES if self.name == "ties" and any(x.get("rescale") for x in levels) else METHODS[self.name]
+
+    @property
+    def levels(self) -> Iterator[tuple[Mapping[str, Any], Place, bool]]:
+        """All sets of parameters, where they stand, and whether they are those of one model."""
+        yield self.parameters, ("parameters",), False
+        for part in self.slices:
+            yield part.parameters, (*part.place, "parameters"), False
+            yield from ((source.parameters, (*source.place, "parameters"), True) for source in part.sources)
 
     def error(self, place: Place, sentence: str) -> UserError:
         """Return an error that names the file and the line of a key."""
@@ -95,49 +124,53 @@ def read(path: Path) -> MergekitFile:
     base = content.get("base_model")
     if base is not None:
         _check_ref(base, ("base_model",), fail)
-    sources, ranges, levels = _inputs(content, fail)
-    whole = _mapping(content.get("parameters"), ("parameters",), fail)
-    file = MergekitFile(
-        path, lines, name, base, sources, (*levels, (whole, ("parameters",))), ranges, _dtype(content, fail)
-    )
-    _check_tokenizer(file, content.get("tokenizer_source"))
-    for level, place in file.levels:
-        _check_parameters(file, level, place, by_model=False)
-    for source in file.sources:
-        _check_parameters(file, source.parameters, (*source.place, "parameters"), by_model=True)
+    slices = _slices(content, fail)
+    parameters = _mapping(content.get("parameters"), ("parameters",), fail)
+    tokens = _tokens(content.get("tokenizer_source"), base, fail)
+    dtype = _dtype(content, fail)
+    file = MergekitFile(path, lines, name, base, slices, "models" in content, parameters, dtype, tokens)
+    for level, place, by_model in file.levels:
+        _check_parameters(file, level, place, by_model=by_model)
     return file
 
 
 Fail = Callable[[Place, str], UserError]
-Inputs = tuple[
-    tuple[Source, ...], tuple[tuple[int, int, Place], ...], tuple[tuple[Mapping[str, Any], Place], ...]
-]  # models, layer ranges, levels of parameters
 
 
-def _inputs(content: Mapping[str, Any], fail: Fail) -> Inputs:
-    """Return the models, the layer ranges to be checked, and the parameters of the slice if there is one."""
+def _slices(content: Mapping[str, Any], fail: Fail) -> tuple[Slice, ...]:
+    """Return the slices; a list of models is one slice of all their layers."""
     if ("models" in content) == ("slices" in content):
         raise fail(("slices",), "a recipe lists its inputs either as 'models' or as 'slices'.")
     if "models" in content:
-        return tuple(_sources(content["models"], ("models",), ("model", "parameters"), fail)), (), ()
-    slices, place = _sequence(content["slices"], ("slices",), fail), ("slices", 0)
-    if len(slices) > 1:
-        raise fail(("slices", 1), "more than one slice stacks layers anew; only whole models are merged.")
-    only = _mapping(slices[0], place, fail)
-    _check_keys(only, place, ("sources", "parameters"), fail)
-    where = (*place, "sources")
-    listed = _sequence(only.get("sources"), where, fail)
-    sources = tuple(_sources(listed, where, ("model", "parameters", "layer_range"), fail))
-    ranges = []
-    for number, entry in enumerate(listed):
-        spot = (*where, number, "layer_range")
-        ends = entry.get("layer_range", [0, None])
-        if not isinstance(ends, list) or len(ends) != 2 or ends[0] != 0:
-            raise fail(spot, f"layer_range {ends} is no whole model, [0, number of layers]; only those are merged.")
-        if ends[1] is not None:
-            ranges.append((0, ends[1], spot))
-    parameters = _mapping(only.get("parameters"), (*place, "parameters"), fail)
-    return sources, tuple(ranges), ((parameters, (*place, "parameters")),)
+        return (Slice(tuple(_sources(content["models"], ("models",), ("model", "parameters"), fail)), {}, ("models",)),)
+    found = []
+    for number, written in enumerate(_sequence(content["slices"], ("slices",), fail)):
+        place = ("slices", number)
+        entry = _mapping(written, place, fail)
+        for key in SLICE_KEYS_NOT_READ:
+            if key in entry:
+                raise fail((*place, key), f"'{key}' of a slice is not read: {SLICE_KEYS_NOT_READ[key]}.")
+        _check_keys(entry, place, ("sources", "parameters"), fail)
+        listed = _sequence(entry.get("sources"), (*place, "sources"), fail)
+        sources = tuple(_sources(listed, (*place, "sources"), ("model", "parameters", "layer_range"), fail))
+        found.append(Slice(sources, _mapping(entry.get("parameters"), (*place, "parameters"), fail), place))
+    for part in found:
+        _check_ranges(part, len(found), fail)
+    return tuple(found)
+
+
+def _check_ranges(part: Slice, count: int, fail: Fail) -> None:
+    """Refuse a slice whose sources have different numbers of layers, and one of several without a range."""
+    for source in part.sources:
+        if source.layers is None and count > 1:
+            raise fail(source.place, f"'{source.ref}' needs a layer_range, as the recipe has several slices.")
+        ends = [None if one.layers is None else one.layers[1] - one.layers[0] for one in (part.sources[0], source)]
+        if None not in ends and ends[0] != ends[1]:
+            raise fail(
+                (*source.place, "layer_range"),
+                f"'{source.ref}' has {ends[1]} layers in this slice and '{part.sources[0].ref}' {ends[0]}: "
+                "all sources of a slice need as many.",
+            )
 
 
 def _sources(listed: Any, place: Place, keys: Sequence[str], fail: Fail) -> Iterator[Source]:
@@ -147,7 +180,18 @@ def _sources(listed: Any, place: Place, keys: Sequence[str], fail: Fail) -> Iter
         _check_keys(source, spot, keys, fail)
         _check_ref(source.get("model"), (*spot, "model"), fail)
         parameters = _mapping(source.get("parameters"), (*spot, "parameters"), fail)
-        yield Source(source["model"], parameters, spot)
+        yield Source(source["model"], parameters, spot, _range(source, spot, fail))
+
+
+def _range(source: Mapping[str, Any], place: Place, fail: Fail) -> tuple[int, int] | None:
+    ends = source.get("layer_range")
+    if ends is None:
+        return None
+    if not isinstance(ends, list) or [type(end) for end in ends] != [int, int] or not 0 <= ends[0] < ends[1]:
+        raise fail(
+            (*place, "layer_range"), f"layer_range is the first layer, from 0, and that after the last, got {ends!r}."
+        )
+    return ends[0], ends[1]
 
 
 def _check_ref(ref: Any, place: Place, fail: Fail) -> None:
@@ -183,15 +227,15 @@ def _dtype(content: Mapping[str, Any], fail: Fail) -> str:
     return str(content.get("out_dtype", content.get("dtype", "auto")))
 
 
-def _check_tokenizer(file: MergekitFile, source: Any) -> None:
-    if source is None:
-        return
-    if source not in ("base", file.base):
-        raise file.error(
-            ("tokenizer_source",), f"tokenizer_source '{source}' is not read, only 'base': the tokenizer of base_model."
-        )
-    if file.base is None:
-        raise file.error(("tokenizer_source",), "tokenizer_source 'base' needs a base_model.")
+def _tokens(source: Any, base: str | None, fail: Fail) -> str | None:
+    """Return whose vocabulary the result is to have: the base's, or that of all models."""
+    if source in (None, "union"):
+        return None if source is None else "union"
+    if source not in ("base", base):
+        raise fail(("tokenizer_source",), f"tokenizer_source '{source}' is not read, only 'base' and 'union'.")
+    if base is None:
+        raise fail(("tokenizer_source",), "tokenizer_source 'base' needs a base_model.")
+    return "base"
 
 
 def _check_parameters(file: MergekitFile, level: Mapping[str, Any], place: Place, *, by_model: bool) -> None:
@@ -235,24 +279,3 @@ def _check_number(file: MergekitFile, place: Place, parameter: Parameter, key: s
         raise file.error(
             place, f"{key} must lie between {parameter.low:g} and {parameter.high:g}, got {value:g}.{hint}"
         )
-
-
-def families_of(file: MergekitFile) -> tuple[str | None, tuple[Source, ...]]:
-    """Return the base and the models to merge, as the method takes them; a base that is merged too comes first."""
-    listed = [source for source in file.sources if source.ref == file.base]
-    others = tuple(source for source in file.sources if source.ref != file.base)
-    role = file.method.base
-    if file.base is None:
-        if role in ("origin", "first"):
-            raise file.error(("merge_method",), f"{file.name} needs a base_model.")
-        return None, file.sources
-    if role in ("origin", "optional"):
-        for source in listed:
-            if source.parameters:
-                warnings.warn(
-                    f"{file.path}: the parameters of base_model change nothing in {file.name}.",
-                    MergeWarning,
-                    stacklevel=2,
-                )
-        return file.base, others
-    return None, (*(listed or [Source(file.base, {}, ("base_model",))]), *others)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergectl import gradients
+from mergectl import gradients, vocabulary
 from mergectl.checkpoints import open_checkpoint
 from mergectl.errors import UserError
-from mergectl.gradients import Depth
+from mergectl.layers import the_stack
 from mergectl.merge import MergeJob
-from mergectl.mergekit import MergekitFile, Source, families_of, read
+from mergectl.mergekit import MergekitFile, Source, read
+from mergectl.mergekit_slices import Course, Row, models_of, rows_of
 from mergectl.plan import check_experts, recipe_of
+from mergectl.refs import Ref
 from mergectl.settings import describe
 
 FindRun = Callable[[str], Path | None]
@@ -25,10 +26,14 @@ class Here:
     """The parameters of a recipe as they are for one weight."""
 
     file: MergekitFile
-    experts: tuple[Source, ...]
-    has_base: bool
+    row: Row
     weight: str
     depth: float
+
+    @property
+    def has_base(self) -> bool:
+        """Say whether task vectors are taken from a base."""
+        return self.row.base is not None
 
     def __call__(self, name: str) -> Any:
         """Return a parameter of the whole merge."""
@@ -36,11 +41,11 @@ class Here:
 
     def each(self, name: str) -> tuple[float, ...]:
         """Return a parameter of every model that is merged, in order."""
-        return tuple(float(self._value(name, source)) for source in self.experts)
+        return tuple(float(self._value(name, source)) for source in self.row.experts)
 
     def _value(self, name: str, source: Source | None) -> Any:
         """Return the value of the nearest level that has one for this weight, else the default."""
-        for level in [*([source.parameters] if source else []), *(level for level, _ in self.file.levels)]:
+        for level in (source.parameters if source else {}, self.row.part.parameters, self.file.parameters):
             value = gradients.evaluate(level[name], self.weight, self.depth) if name in level else None
             if value is not None:
                 return value
@@ -55,63 +60,65 @@ class Here:
 def job_of(path: Path, seed: int, find_run: FindRun | None = None) -> MergeJob:
     """Return the merge that a recipe describes; the models' headers are read if it speaks of layers or filters."""
     file = read(path)
-    base, experts = families_of(file)
-    recipe = _settings(file, experts, base, [""])
+    rows = rows_of(file)
     info = describe(file.method.ours)
+    for row in rows:
+        recipe = _settings(file, [row], [""])
+        try:
+            check_experts(info, len(row.experts))
+            recipe_of(info.name, recipe, (), seed)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+    base, experts = models_of(file, rows, _counts(file, rows, find_run))
+    base, experts = _with_tokens(file, base, experts, find_run)
+    if not file.whole or any(gradients.is_varied(value) for level, *_ in file.levels for value in level.values()):
+        recipe = _settings(file, rows, _weights(base, experts, find_run))
+    return MergeJob(recipe_of(info.name, recipe, (), seed), experts, base, file.dtype)
+
+
+def _counts(file: MergekitFile, rows: Sequence[Row], find_run: FindRun | None) -> dict[str, int]:
+    """Return how many layers each model has, if the recipe chooses layers."""
+    sources = [source for row in rows for source in (*row.experts, *([row.base] if row.base else []))]
+    if all(source.layers is None for source in sources):
+        return {}
+    refs = dict.fromkeys([*([file.base] if file.base else []), *(source.ref for source in sources)])
+    return {ref: the_stack(open_checkpoint(ref, find_run).names, ref).count for ref in refs}
+
+
+def _with_tokens(
+    file: MergekitFile, base: Ref | None, experts: tuple[tuple[str, Ref], ...], find_run: FindRun | None
+) -> tuple[Ref | None, tuple[tuple[str, Ref], ...]]:
+    """Return base and experts with the vocabulary that the recipe asks for; what is not well defined is refused."""
+    if file.tokens is None:
+        return base, experts
+    opened = [open_checkpoint(ref, find_run) for _, ref in experts]
+    origin = None if base is None else open_checkpoint(base, find_run)
     try:
-        check_experts(info, len(experts))
-        recipe_of(info.name, recipe, (), seed)
+        if file.tokens == "union":
+            vocabulary.check_union(origin, opened)
+            return base, experts
+        assert file.base is not None
+        lender = open_checkpoint(file.base, find_run)
+        vocabulary.check_rows([lender, *opened], "base")
     except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-    if file.ranges or any(gradients.is_varied(value) for level in _levels(file) for value in level.values()):
-        recipe = _settings(file, experts, base, _weights(file, base, experts, find_run))
-    named = zip(_names(experts), (source.ref for source in experts), strict=True)
-    return MergeJob(recipe_of(info.name, recipe, (), seed), tuple(named), base, file.dtype)
+        raise file.error(("tokenizer_source",), str(error)) from error
+    pairs = zip(experts, opened, strict=True)
+    return base, tuple((name, vocabulary.with_base_tokens(ref, model, lender)) for (name, ref), model in pairs)
 
 
-def _levels(file: MergekitFile) -> Iterator[Mapping[str, Any]]:
-    """Go through all sets of parameters in a recipe."""
-    yield from (source.parameters for source in file.sources)
-    yield from (level for level, _ in file.levels)
-
-
-def _settings(
-    file: MergekitFile, experts: tuple[Source, ...], base: str | None, names: Sequence[str]
-) -> dict[str, Any]:
+def _settings(file: MergekitFile, rows: Sequence[Row], names: Sequence[str]) -> dict[str, Any]:
     """Return our settings: one value each, or {pattern of weight names: value}."""
-    depth = Depth(names)
+    course = Course(rows, names)
     try:
-        rows = {
-            name: file.method.settings(Here(file, experts, base is not None, name, depth.of(name))) for name in names
-        }
+        found = {name: file.method.settings(Here(file, row, name, t)) for name in names for row, t in [course.of(name)]}
     except UserError as error:
         raise error if str(error).startswith(str(file.path)) else UserError(f"{file.path}: {error}") from error
-    keys = next(iter(rows.values()))
-    return {key: gradients.patterns({name: row[key] for name, row in rows.items()}) for key in keys}
+    keys = next(iter(found.values()))
+    return {key: gradients.patterns({name: row[key] for name, row in found.items()}) for key in keys}
 
 
-def _weights(file: MergekitFile, base: str | None, experts: tuple[Source, ...], find_run: FindRun | None) -> list[str]:
-    """Return the names of the weights that are merged; refuse a layer range that is not the whole model."""
-    from mergectl.lineup import line_up
+def _weights(base: Ref | None, experts: Sequence[tuple[str, Ref]], find_run: FindRun | None) -> list[str]:
+    """Return the names of the weights that are merged."""
+    from mergectl.families import open_family
 
-    opened = {
-        name: open_checkpoint(source.ref, find_run) for name, source in zip(_names(experts), experts, strict=True)
-    }
-    first = next(iter(opened.values()))
-    origin = base or first.meta.get("base")
-    names = list(line_up(open_checkpoint(origin, find_run) if origin else first, opened).base)
-    layers = Depth(names).count
-    for _, end, place in file.ranges:
-        if end != layers:
-            raise file.error(
-                place,
-                f"layer_range [0, {end}] is not the whole model, which has {layers} layers; only those are merged.",
-            )
-    return names
-
-
-def _names(experts: Sequence[Source]) -> list[str]:
-    """Name the models after their folders or ids, numbered where two have one name."""
-    words = [source.ref.rstrip("/").rsplit("/", 1)[-1].partition("@")[0] or "model" for source in experts]
-    shared = {word for word, count in Counter(words).items() if count > 1}
-    return [f"{word}_{place}" if word in shared else word for place, word in enumerate(words, 1)]
+    return list(open_family(base, experts, find_run).population.base)

@@ -187,6 +187,10 @@ METHODS: dict[str, Method] = {
         lambda at: {"density": at("select_topk")},
     ),
     "arcee_fusion": Method("arcee_fusion", "origin", {}, lambda at: {}),
+    "passthrough": Method(
+        "passthrough", "input", {"scale": Parameter("number", 1.0, by_model=True)},
+        lambda at: {"scale": at.each("scale")[0]},
+    ),
     "nearswap": Method("nearswap", "origin", {"t": Parameter(low=0.0)}, lambda at: {"t": at("t")}),
 }  # fmt: skip
 # TIES with `rescale` is its trimming as a refinement (no largest entries dropped), rescaled, and then the election.
@@ -195,7 +199,5 @@ RESCALED_TIES = Method(
     lambda at: elected(at) | {"keep": at.each("density"), "gamma": 0.0, "rescale": at("rescale")},
 )  # fmt: skip
 NOT_READ = {
-    "passthrough": "it stacks layers of models, and merges nothing",
-    "frankenmerge": "it stacks layers of models, and merges nothing",
     "ram": "its importance scores are not built",
 }

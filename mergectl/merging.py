@@ -1,189 +1,20 @@
-"""Merge weights held in mappings: a stream of merged weights for files, and `merge_weights` for Python."""
+"""Merge weights held in mappings: `merge_weights` for Python."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from mergectl import plugins, settings
-from mergectl.blocks import Cut
 from mergectl.errors import UserError, did_you_mean
-from mergectl.inputs import Inputs, Subset, Weights, split_heads
-from mergectl.methods._contract import MergeWarning, MethodError
-from mergectl.plan import (
-    GIVEN,
-    Recipe,
-    Refinements,
-    Step,
-    check_experts,
-    check_supplies,
-    generators,
-    groups,
-    recipe_of,
-    steps_of,
-)
+from mergectl.inputs import Subset, Weights, split_heads
+from mergectl.methods._contract import MergeWarning
+from mergectl.plan import Recipe, Refinements, recipe_of
+from mergectl.stream import Piece, Stream, merge_stream
 
 if TYPE_CHECKING:
     import torch
 
-    from mergectl.methods._task_vectors import TaskVectors
-
 __all__ = ["MergeWarning", "Merged", "Piece", "Recipe", "Stream", "merge_stream", "merge_weights", "recipe_of"]
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One weight of the result."""
-
-    name: str
-    weight: torch.Tensor  # base + merged task vector, float32; a weight that is not floating: the base's own
-    delta: torch.Tensor | None = None  # the unified task vector, where the method keeps masks
-    masks: torch.Tensor | None = None  # [task, *shape], bool
-    own: Mapping[str, torch.Tensor] = field(default_factory=dict)  # by task: a non-floating weight unlike the base's
-
-
-class Stream:
-    """A merge under way: iterate over its pieces; afterwards `rescalers` holds what the method kept per task."""
-
-    def __init__(
-        self, recipe: Recipe, base: Weights | None, experts: Mapping[str, Weights], supplies: Mapping[str, Any]
-    ) -> None:
-        """Check everything that can be checked before a weight is merged."""
-        self.recipe, self.supplies = recipe, supplies
-        self.info = settings.describe(recipe.method)
-        self.inputs = Inputs(base, experts)
-        self.rescalers: dict[str, float] | None = None
-        self.steps = steps_of(recipe, self.inputs.tasks)
-        self.wanted = {key: must for step in self.steps for key, must in settings.describe(step.name).supplies.items()}
-        check_experts(self.info, len(experts))
-        check_supplies(self.info, self.wanted, supplies)
-        if base is None and (len(self.steps) > 1 or self.wanted.get("task_vectors") or self.wanted.get("base")):
-            raise UserError(f"Method '{self.info.name}' needs the base that the experts came from, and none was given.")
-
-    def __iter__(self) -> Iterator[Piece]:
-        """Merge weight by weight."""
-        try:
-            for names, steps in groups(self.steps, self.inputs.floating):
-                yield from self._pieces(names, steps)
-        except MethodError as error:
-            raise UserError(str(error)) from error
-        yield from self._carried()
-        for task in sorted(self.inputs.unchanged if self.inputs.base is not None and self.inputs.floating else ()):
-            warnings.warn(f"The expert '{task}' equals the base: it adds nothing.", MergeWarning, stacklevel=2)
-
-    def _pieces(self, names: Sequence[str], steps: Sequence[Step]) -> Iterator[Piece]:
-        """Run the method on a group of weights that share their settings."""
-        *refinements, last = steps
-        units = self.inputs.cut(names) if all(settings.in_blocks(step.name, step.settings) for step in steps) else names
-        vectors = self._vectors(units, refinements)
-        supplied = self._supplied(last, vectors, bool(refinements))
-        result = iter(settings.function_of(last.name)(**supplied, **last.settings))
-        missing = dict.fromkeys(units)
-        whole: Piece | None = None
-        while True:
-            try:
-                name, merged, *masks = next(result)
-            except StopIteration as stop:
-                self._keep(stop.value)
-                break
-            except (UserError, MethodError):
-                raise
-            except Exception as error:
-                raise plugins.blamed("methods", last.name, error) from error
-            if name not in missing or merged.shape != self.inputs.shapes[name]:
-                raise UserError(f"Method '{last.name}' gave an unknown or misshapen weight '{name}': mend its file.")
-            del missing[name]
-            piece = self._piece(name, merged, masks[0] if masks else None, "experts" in supplied)
-            if name not in self.inputs.blocks:
-                yield piece
-                continue
-            whole = self._join(whole, piece)
-            if self.inputs.blocks[name].stop == self.inputs.size(name):
-                yield whole
-                whole = None
-        if missing:
-            raise UserError(f"Method '{last.name}' gave no weight '{next(iter(missing))}': mend its file.")
-
-    def _piece(self, name: str, merged: torch.Tensor, masks: torch.Tensor | None, is_weight: bool) -> Piece:
-        weight = merged if is_weight else self.inputs.base_weight(name) + merged
-        return Piece(name, weight, None if masks is None else merged, masks)
-
-    def _join(self, whole: Piece | None, part: Piece) -> Piece:
-        """Put a block into its weight; blocks of one weight come one after the other."""
-        import torch
-
-        block = self.inputs.blocks[part.name]
-        if whole is None or whole.name != block.weight:
-            shape = self.inputs.shapes[block.weight]
-            masks = None if part.masks is None else torch.empty((len(part.masks), *shape), dtype=torch.bool)
-            delta = None if part.delta is None else torch.empty(shape, dtype=part.delta.dtype)
-            whole = Piece(block.weight, torch.empty(shape, dtype=part.weight.dtype), delta, masks)
-        place = slice(block.start, block.stop)
-        whole.weight.view(-1)[place] = part.weight
-        if whole.delta is not None and part.delta is not None:
-            whole.delta.view(-1)[place] = part.delta
-        if whole.masks is not None and part.masks is not None:
-            whole.masks.view(len(whole.masks), -1)[:, place] = part.masks
-        return whole
-
-    def _keep(self, kept: Mapping[str, Any] | None) -> None:
-        if kept and "rescalers" in kept:
-            self.rescalers = dict(zip(self.inputs.tasks, (float(r) for r in kept["rescalers"]), strict=True))
-
-    def _carried(self) -> Iterator[Piece]:
-        """Pass on the weights that are no floating-point numbers, such as position ids."""
-        import torch
-
-        for name in self.inputs.carried:
-            weight, own = self.inputs.first[name], {}
-            for task, expert in self.inputs.experts.items():
-                if self.info.extra_bits and name in expert and not torch.equal(expert[name], weight):
-                    own[task] = expert[name]
-            yield Piece(name, weight, own=own)
-
-    def _vectors(self, names: Sequence[str], refinements: Sequence[Step]) -> TaskVectors:
-        """Return the task vectors of a group of weights after its refinements."""
-        from mergectl.methods._task_vectors import TaskVectors
-
-        shapes = {name: self.inputs.shapes[name] for name in names}
-        sizes = {name: self.inputs.size(name) for name in names}
-        vectors = TaskVectors(self.inputs.tasks, shapes, self.inputs.deltas, sizes)
-        for place, step in enumerate(refinements):
-            supplied = self._supplied(step, vectors, place > 0, stream=place)
-            vectors = settings.function_of(step.name)(**supplied, **step.settings)
-        return vectors
-
-    def _supplied(self, step: Step, vectors: TaskVectors, refined: bool, stream: int = -1) -> dict[str, Any]:
-        """Return what a step asks for, as far as there is any."""
-        inputs, have_base = self.inputs, self.inputs.base is not None
-        weights = (lambda name: inputs.base_weight(name) + vectors[name]) if refined else inputs.weights
-        experts = type(vectors)(inputs.tasks, vectors.shapes, weights, vectors.sizes)
-        base = type(vectors)(("base",), vectors.shapes, inputs.base_weight, vectors.sizes)
-        offers: dict[str, Any] = {
-            "task_vectors": vectors if have_base else None,
-            "experts": experts,
-            "base": base if have_base else None,
-            "rng": generators(self.recipe.seed, stream),
-            **{name: self.supplies.get(name) for name in GIVEN},
-        }
-        if inputs.blocks and offers["signs"] is not None:
-            offers["signs"] = Cut(offers["signs"], inputs.blocks)
-        if inputs.blocks and offers["masks"] is not None:
-            offers["masks"] = {task: Cut(masks, inputs.blocks) for task, masks in offers["masks"].items()}
-        return {name: offers[name] for name in settings.describe(step.name).supplies}
-
-
-def merge_stream(
-    recipe: Recipe,
-    base: Weights | None,
-    experts: Mapping[str, Weights],
-    *,
-    supplies: Mapping[str, Any] | None = None,
-) -> Stream:
-    """Check a merge of weights that all have the same names and shapes, and return it ready to be iterated over."""
-    return Stream(recipe, base, experts, supplies or {})
 
 
 def merge_weights(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +13,9 @@ from mergectl.checkpoints import INDEX as SHARDED
 from mergectl.checkpoints import PICKLED, PICKLED_INDEX, Checkpoint, find_folder, open_checkpoint, read_json
 from mergectl.checkpoints import SINGLE as WHOLE
 from mergectl.errors import UserError
-from mergectl.naming import is_backbone, live_tensors, match
+from mergectl.naming import is_backbone, is_writer, live_tensors, match
 from mergectl.preprocess import Preparer, image_preparer, text_preparer
+from mergectl.text2text import answer_preparer
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = (WHOLE, SHARDED, PICKLED, PICKLED_INDEX, "adapter_config.json")
 LABEL_KEYS = ("num_labels", "id2label", "label2id", "problem_type")
+LM_HEAD = "lm_head.weight"
 SET_ANEW = (*LABEL_KEYS, "dtype", "torch_dtype", "architectures", "model_type")
 
 
@@ -76,6 +78,10 @@ def model_config(source: Source, task: Task) -> Any:
         config = CONFIG_MAPPING[kind].from_dict(facts)
     except (TypeError, ValueError, StrictDataclassError) as error:
         raise UserError(f"{source.ref}: its configuration is no valid {kind} configuration: {error}") from error
+    if task.kind == "text_to_text":
+        if getattr(config, "decoder_start_token_id", None) is None:  # T5 begins with its padding
+            config.decoder_start_token_id = config.pad_token_id
+        return config
     names = head_labels(task)
     config.num_labels = len(names)
     config.id2label = dict(enumerate(names))
@@ -85,12 +91,26 @@ def model_config(source: Source, task: Task) -> Any:
 
 
 def _check_reads(source: Source, kind: str, task: Task) -> None:
-    """Refuse a text task on an image model and the reverse, and models without a classifier."""
+    """Refuse a text task on an image model and the reverse, and models that do not give what the task asks for."""
     from transformers.models.auto import modeling_auto as auto
 
     images = auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
     texts = auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    writers = auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    classifier = "Classification" in (source.config.get("architectures") or [""])[0]
     wants_images = task.kind == "image_classification"
+    if task.kind == "text_to_text":
+        if kind in writers and not classifier:
+            return
+        raise UserError(
+            f"{task.id} is answered in words, but {source.ref} is a {kind} {'classifier' if classifier else 'model'}. "
+            "Take an encoder-decoder that writes, such as T5, or a task for classifiers (glue/rte)."
+        )
+    if "t5" in kind and not classifier:
+        raise UserError(
+            f"{task.id} is answered with a label by a classifier, but {source.ref} is a {kind} model, which answers in "
+            "words. Ask it a text-to-text task (glue-t5/rte), or take another model."
+        )
     if kind in (images if wants_images else texts):
         return
     if kind in (texts if wants_images else images):
@@ -100,11 +120,13 @@ def _check_reads(source: Source, kind: str, task: Task) -> None:
 
 
 def auto_class(task: Task) -> Any:
-    """The transformers class that builds a classifier for a task."""
-    from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
+    """The transformers class that builds a model for a task: a classifier, or an encoder-decoder that writes."""
+    import transformers
 
+    if task.kind == "text_to_text":
+        return transformers.AutoModelForSeq2SeqLM
     images = task.kind == "image_classification"
-    return AutoModelForImageClassification if images else AutoModelForSequenceClassification
+    return transformers.AutoModelForImageClassification if images else transformers.AutoModelForSequenceClassification
 
 
 def new_model(config: Any, task: Task, seed: int) -> Any:
@@ -129,7 +151,41 @@ def preparer_for(source: Source, config: Any, task: Task, max_length: int | None
     """The preprocessing that belongs to a model: its tokenizer, or its image size."""
     if task.kind == "image_classification":
         return image_preparer(source.folder, source.ref, config)
+    if task.kind == "text_to_text":
+        return answer_preparer(source.folder, source.ref, config, max_length)
     return text_preparer(source.folder, source.ref, config, max_length)
+
+
+def tie(model: Any, source: Source, seed: int = 0) -> None:
+    """Make a writing model's embedding and head one weight, unless the source has two: transformers ties every T5.
+
+    Without weights to load, a head of its own is drawn anew, spread like the embedding.
+    """
+    import torch
+
+    model.tie_weights()
+    head, tokens = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or head.weight is not tokens.weight or not _own_head(source):
+        return
+    own = torch.empty_like(tokens.weight)
+    if source.weights is None:
+        own = torch.randn(own.shape, generator=torch.Generator().manual_seed(seed + 1)) * tokens.weight.std().detach()
+    head.weight = torch.nn.Parameter(own)
+    model.all_tied_weights_keys.pop(LM_HEAD, None)
+
+
+def _own_head(source: Source) -> bool:
+    """Whether the head is more than a copy of the embedding; a configuration that ties them may be wrong about it."""
+    import torch
+
+    says_so = source.config.get("tie_word_embeddings") is False
+    weights = source.weights
+    if weights is None:
+        return says_so
+    tokens = [name for name in ("shared.weight", "encoder.embed_tokens.weight") if name in weights.names]
+    if LM_HEAD not in weights.names or not tokens:
+        return False
+    return says_so or not torch.equal(weights[LM_HEAD], weights[tokens[0]])
 
 
 def fill(model: Any, weights: Mapping[str, torch.Tensor], ref: str, *, with_head: bool) -> set[str]:
@@ -176,8 +232,11 @@ def build(source: Source, task: Task, *, seed: int = 0, from_scratch: bool = Fal
     """A model to train on a task: the source's backbone, and a fresh head unless it has one for this very task."""
     config = model_config(source, task)
     model = new_model(config, task, seed)
+    writes = is_writer(model)
+    if writes:
+        tie(model, replace(source, weights=None) if from_scratch else source, seed)
     if source.weights is not None and not from_scratch:
-        fill(model, source.weights, source.ref, with_head=source.trained_on == task.id)
+        fill(model, source.weights, source.ref, with_head=writes or source.trained_on == task.id)
     return model
 
 

@@ -64,6 +64,11 @@ def match(names: Iterable[str], slots: Mapping[str, Any], prefix: str) -> tuple[
     return found, rest
 
 
+def is_writer(model: Any) -> bool:
+    """Whether a model writes text, so that all of it is shared by its tasks and none of it is a task's head."""
+    return bool(model.can_generate())
+
+
 def is_backbone(slot: str, prefix: str) -> bool:
     """Whether a slot lies inside the base model; the rest is the head."""
     return slot.startswith(f"{prefix}.")

@@ -135,7 +135,8 @@ def _range(setting: Setting) -> str:
     if setting.per_task:
         parts.append("may differ per task")
     default = str(setting.default)
-    parts.append(f"default {default.lower() if isinstance(setting.default, bool) else default}")
+    if setting.default is not None:  # else the help says what happens
+        parts.append(f"default {default.lower() if isinstance(setting.default, bool) else default}")
     return f"({'; '.join(parts)})"
 
 

@@ -29,18 +29,34 @@ def show_all() -> None:
     print_table("Pipelines: mergectl run NAME", ("name", "what it does"), rows, left=2)
 
 
-def load(name: str, changes: Mapping[str, str]) -> PipelineFile:
-    """Read a shipped pipeline or a file, and put the settings in."""
+def load(name: str, changes: Mapping[str, str], *, smoke: bool = False) -> PipelineFile:
+    """Read a shipped pipeline or a file, and put the settings in, with `smoke` those of a short try."""
+    pipeline = _read(name)
+    if smoke and not pipeline.smoke:
+        raise UserError(f"The pipeline '{name}' has no settings for --smoke.")
+    unknown = [key for key in changes if key not in pipeline.settings]
+    if unknown:
+        raise UserError(f"The pipeline has no setting '{unknown[0]}'.{did_you_mean(unknown[0], pipeline.settings)}")
+    short = {key: "@base" if key == "base" else value for key, value in pipeline.smoke.items()} if smoke else {}
+    settings = {**pipeline.settings, **short, **{key: read_value(value) for key, value in changes.items()}}
+    steps = [_filled(step, settings) for step in pipeline.steps]
+    return pipeline.model_copy(update={"steps": steps, "settings": settings})
+
+
+def _read(name: str) -> PipelineFile:
+    """Read a pipeline, with what it takes from the one that it is like."""
     path = shipped().get(name) or Path(name)
     if not path.exists():
         raise UserError(f"No pipeline '{name}'.{did_you_mean(name, shipped())}")
     pipeline = read_file(path, PipelineFile)
-    unknown = [key for key in changes if key not in pipeline.settings]
-    if unknown:
-        raise UserError(f"The pipeline has no setting '{unknown[0]}'.{did_you_mean(unknown[0], pipeline.settings)}")
-    settings = {**pipeline.settings, **{key: read_value(value) for key, value in changes.items()}}
-    steps = [_filled(step, settings) for step in pipeline.steps]
-    return pipeline.model_copy(update={"steps": steps, "settings": settings})
+    if pipeline.like is None:
+        if not pipeline.steps:
+            raise UserError(f"{path}: the key 'steps' is missing.")
+        return pipeline
+    model = _read(pipeline.like)
+    taken = {key: getattr(pipeline, key) or getattr(model, key) for key in ("paper", "steps", "next")}
+    changed = {key: {**getattr(model, key), **getattr(pipeline, key)} for key in ("settings", "smoke")}
+    return pipeline.model_copy(update={**taken, **changed})
 
 
 def _filled(value: Any, settings: Mapping[str, Any]) -> Any:
@@ -60,11 +76,13 @@ def _filled(value: Any, settings: Mapping[str, Any]) -> Any:
     return re.sub(r"\$\{(\w+)\}", lambda match: str(settings[match[1]]), value)
 
 
-def run(lab: Lab, name: str, changes: Mapping[str, str], *, dry_run: bool = False) -> None:
+def run(lab: Lab, name: str, changes: Mapping[str, str], *, dry_run: bool = False, smoke: bool = False) -> None:
     """Execute a pipeline's steps in order; one that a finished run already did is skipped."""
-    pipeline = load(name, changes)
-    folder = lab.folder / "runs" / Path(name).stem
+    pipeline = load(name, changes, smoke=smoke)
     lab = _set_up(lab, pipeline, changes)
+    if smoke:  # in a lab of its own: its scores mean nothing
+        lab = replace(lab, store_path=lab.folder / "smoke" / lab.store_path.name)
+    folder = lab.folder / "runs" / (pipeline.folder or Path(name).stem)
     for number, step in enumerate(pipeline.steps, 1):
         check(lab, step, number)
     if dry_run:
@@ -72,6 +90,8 @@ def run(lab: Lab, name: str, changes: Mapping[str, str], *, dry_run: bool = Fals
         print_table(pipeline.title, ("step", "verb", "what"), rows, left=3)
         return
     lab.terminal.say(pipeline.title)
+    if smoke:
+        lab = _make_small(lab, pipeline, folder)
     began = time.perf_counter()
     for number, step in enumerate(pipeline.steps, 1):
         verb = _verb(step)
@@ -95,6 +115,18 @@ def _set_up(lab: Lab, pipeline: PipelineFile, changes: Mapping[str, str]) -> Lab
     return replace(lab, seed=chosen("seed", lab.seed), threads=chosen("threads", lab.threads))
 
 
+def _make_small(lab: Lab, pipeline: PipelineFile, folder: Path) -> Lab:
+    """Write sample rows and a tiny base into the pipeline's folder; return the lab that reads them."""
+    from mergectl import smoke
+
+    words = [word for step in pipeline.steps for key in ("tasks", "on") for word in _list(step[_verb(step)], key)]
+    tasks = lab.tasks(words)
+    smoke.write_rows(folder / "data", tasks)
+    if "base" in pipeline.smoke and not (folder / "base" / "config.json").exists():
+        smoke.make_base(folder / "base", pipeline.smoke["base"], tasks, lab.seed)
+    return replace(lab, data=folder / "data")
+
+
 def _finish(lab: Lab, pipeline: PipelineFile) -> None:
     from mergectl.report import leaderboard
 
@@ -112,6 +144,7 @@ def _verb(step: Mapping[str, Any]) -> str:
 
 def check(lab: Lab, step: Mapping[str, Any], number: int) -> None:
     """Refuse a step that could not be done, before hours are spent on those before it."""
+    from mergectl.grid import check_grid
     from mergectl.plan import recipe_of
     from mergectl.search import check_sampler
 
@@ -124,6 +157,7 @@ def check(lab: Lab, step: Mapping[str, Any], number: int) -> None:
         given = what.get("settings") or what.get("fix") or {}
         recipe_of(what["method"], given, what.get("refine", []), lab.seed)
     check_sampler(what.get("sampler", "random"))
+    check_grid(what.get("grid", {}))
     lab.tasks([*_list(what, "tasks"), *_list(what, "on")])
 
 
@@ -155,14 +189,14 @@ def _line(what: Mapping[str, Any]) -> str:
 
 
 def _finetune(lab: Lab, folder: Path, what: dict[str, Any]) -> bool:
-    from mergectl.verbs import finetune_experts
+    from mergectl.grid import check_grid, finetune_grid
 
-    options = {key: value for key, value in what.items() if key not in ("tasks", "base", "out")}
-    base = what["base"]
+    options = {key: value for key, value in what.items() if key not in ("tasks", "base", "out", "grid")}
+    base, grid = what["base"], check_grid(what.get("grid", {}))
     if isinstance(base, dict):
         base = _config_file(folder, base)
-    results = finetune_experts(
-        lab, _list(what, "tasks"), _inside(folder, base), folder / what.get("out", ""), options, reuse=True
+    results = finetune_grid(
+        lab, _list(what, "tasks"), _inside(folder, base), folder / what.get("out", ""), options, grid, reuse=True
     )
     return all(result["again"] for result in results)
 
@@ -228,7 +262,7 @@ def _search(lab: Lab, folder: Path, what: dict[str, Any]) -> bool:
 
 # What each verb must be told, and what it may be told; `finetune` also takes all that a fine-tuning can be told.
 KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "finetune": (("tasks", "base"), ("out",)),
+    "finetune": (("tasks", "base"), ("out", "grid")),
     "merge": (("method", "experts", "out"), ("base", "settings", "refine")),
     "eval": (("models",), ("on", "heads", "limit")),
     "search": (

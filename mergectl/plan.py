@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # One or several refinements in any form that `parse_refine` reads.
 Refinements: TypeAlias = "str | Mapping[str, Any] | Sequence[str | Mapping[str, Any] | tuple[str, Mapping[str, Any]]]"
 
-GIVEN = ("masks", "signs", "grams", "fishers", "entropy")  # supplies that the caller hands over
+GIVEN = ("masks", "signs", "grams", "fishers", "copies", "entropy")  # supplies that the caller hands over
 
 
 @dataclass(frozen=True)

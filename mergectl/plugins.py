@@ -1,7 +1,8 @@
 """Find method and benchmark files: our own, those of installed distributions, and those in the user's folders.
 
 Names come from listings and metadata alone. A file is imported when it is asked for, with torch and numpy deferred, so
-that help texts do not wait for them. A broken file is reported by `problems` and never hides another one.
+that help texts do not wait for them. A broken file is reported by `problems` and never hides another one. Suites are
+named with hyphens: `benchmarks/glue_t5.py` is `glue-t5`.
 """
 
 from __future__ import annotations
@@ -85,13 +86,18 @@ def blamed(kind: str, name: str, error: Exception) -> Exception:
 
 def _found(kind: str) -> Iterator[Plugin]:
     for path in _own(kind):
-        yield Plugin(kind, path.stem, f"{kind}/{path.name}")
+        yield Plugin(kind, _shown(kind, path.stem), f"{kind}/{path.name}")
     for entry in _entries(f"mergectl.{kind}", tuple(sys.path)):
         made_by = f"{entry.dist.name} {entry.dist.version}" if entry.dist else "an installed distribution"
-        yield Plugin(kind, entry.name, f"{made_by} ({entry.value})", entry=entry)
+        yield Plugin(kind, _shown(kind, entry.name), f"{made_by} ({entry.value})", entry=entry)
     for folder in _folders():
         for path in _files(folder / kind):
-            yield Plugin(kind, path.stem, str(path), path=path)
+            yield Plugin(kind, _shown(kind, path.stem), str(path), path=path)
+
+
+def _shown(kind: str, name: str) -> str:
+    """The name that people see and type for a file or an entry point."""
+    return name.replace("_", "-") if kind == "benchmarks" else name
 
 
 @functools.cache
@@ -141,7 +147,7 @@ def _import_now(plugin: Plugin) -> ModuleType:
             raise TypeError(f"the entry point must name a module, got {type(module).__name__}")
         return module
     if plugin.path is None:
-        return importlib.import_module(f"mergectl.{plugin.kind}.{plugin.name}")
+        return importlib.import_module(f"mergectl.{plugin.kind}.{plugin.name.replace('-', '_')}")
     spec = importlib.util.spec_from_file_location(f"mergectl_plugin_{plugin.kind}_{plugin.name}", plugin.path)
     if spec is None or spec.loader is None:
         raise ImportError("the file cannot be read as Python")

@@ -32,7 +32,10 @@ class Preparer(Protocol):
         """How long an example is: batches are made of neighbours in length."""
 
     def collate(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-        """Examples to one batch."""
+        """Examples to one batch to learn from."""
+
+    def stack(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        """Examples to one batch to score, kept as small as may be."""
 
     def finish(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The last cheap step before the model, on the model's device."""
@@ -82,15 +85,17 @@ class TextPreparer:
                 batch[name][row, : len(values)] = values
         return _with_labels(batch, examples)
 
+    def stack(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        """Texts are scored as they are learnt from."""
+        return self.collate(examples)
+
     def finish(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Nothing is left to do for texts."""
         return dict(batch)
 
     def save(self, folder: Path) -> None:
         """Save the tokenizer, without the cut-off that training had set on it."""
-        self.tokenizer.backend_tokenizer.no_truncation()
-        self.tokenizer.backend_tokenizer.no_padding()
-        self.tokenizer.save_pretrained(folder)
+        save_tokenizer(self.tokenizer, folder)
 
 
 @dataclass(frozen=True)
@@ -188,7 +193,7 @@ def _with_labels(batch: Mapping[str, np.ndarray[Any, Any]], examples: Sequence[E
 
 def text_preparer(folder: Path | None, ref: str, config: Any, max_length: int | None = None) -> TextPreparer:
     """Open the tokenizer of a model folder and fit it to the model: padding, length, segments."""
-    tokenizer = _tokenizer(folder, ref)
+    tokenizer = open_tokenizer(folder, ref)
     rows = config.vocab_size
     if len(tokenizer) > rows:
         raise UserError(f"{ref}: its tokenizer has {len(tokenizer)} tokens but the model only {rows}. Use its own.")
@@ -204,7 +209,15 @@ def text_preparer(folder: Path | None, ref: str, config: Any, max_length: int | 
     return TextPreparer(tokenizer, length, tokenizer.pad_token_id, segments)
 
 
-def _tokenizer(folder: Path | None, ref: str) -> Any:
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Save a tokenizer without the cut-off and the padding that its last use had set on it."""
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.save_pretrained(folder)
+
+
+def open_tokenizer(folder: Path | None, ref: str) -> Any:
+    """Open the tokenizer of a model folder; a folder without one, or with a broken one, is an error that says so."""
     from transformers import AutoTokenizer
 
     needed = "Put tokenizer.json and tokenizer_config.json into the model's folder."

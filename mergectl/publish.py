@@ -14,7 +14,7 @@ class Target(NamedTuple):
 
     out: Path | None
     force: bool
-    shard_size: str = "5GB"
+    shard_size: str | None = None
     push: str | None = None
     public: bool = False
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from mergectl import artefacts
 from mergectl.families import Family
+from mergectl.stacking import parts_of
 
 
 def write_records(
@@ -56,6 +57,7 @@ def card(recipe: Mapping[str, Any], family: Family) -> str:
 
 def _hub_ids(family: Family) -> list[str]:
     """The inputs that came from the model hub, without revisions."""
-    refs = [str(row["ref"]) for row in family.inputs]
+    models = [*([family.base] if family.has_base else []), *family.experts.values()]
+    refs = [str(part.ref) for model in models for part in parts_of(model)]
     hub = [ref for ref in refs if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", ref) and not Path(ref).exists()]
     return list(dict.fromkeys(ref.partition("@")[0] for ref in hub))

@@ -1,131 +1,244 @@
-"""Where a search looks next: Optuna's samplers, and CMA-ES by whole generations.
+"""Where a search looks next: generations of candidates, each a function of the seed and of the scores before it.
 
-Every sampler is a function of the seed and of what is finished, so that a search that was killed and started again
-proposes what it would have proposed without the interruption.
+A generation is proposed whole before its scores are used, so the path depends neither on who evaluates it nor on
+interruptions. tpe, gp, nsga2 and nsga3 are Optuna's and look at whatever is finished when a candidate is begun.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+import itertools
+import warnings
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mergectl.errors import UserError
+from mergectl.space import Dimension
+from mergectl.trials import Plan
 
 if TYPE_CHECKING:
-    import optuna
+    import numpy as np
 
-    from mergectl.space import Dimension
+# A candidate is a full set of parameters, or None: Optuna draws it when it is begun. A search sends back the scores.
+Proposals: TypeAlias = Generator[Sequence[Mapping[str, Any] | None], Sequence[float], None]
+# Evaluations of one run of COBYLA without a restart, and the step at which it counts as settled.
+COBYLA_SETTLED = 1e-3
 
-# A search sends each candidate's score back; a candidate is a full set of parameters, or None: let Optuna draw it.
-Proposals = Generator[dict[str, Any] | None, float, None]
 
-
-def _number(seed: int, candidate: int) -> int:
+def number(seed: int, candidate: int) -> int:
     """One seed for each candidate of a search."""
     import numpy as np
 
     return int(np.random.SeedSequence([seed, candidate]).generate_state(1)[0])
 
 
-def _by_optuna(make: Callable[[int], Any]) -> Callable[[optuna.Study, Sequence[Dimension], int, int], Proposals]:
-    def propose(study: optuna.Study, dimensions: Sequence[Dimension], seed: int, trials: int) -> Proposals:
-        for candidate in range(trials):
-            study.sampler = make(_number(seed, candidate))
-            yield None
-
-    return propose
-
-
-def _random(seed: int) -> Any:
+def random(plan: Plan) -> Proposals:
+    """Independent draws."""
     import optuna
 
-    return optuna.samplers.RandomSampler(seed=seed)
+    from mergectl.space import distributions
+
+    made = []
+    for candidate in range(plan.trials):
+        draw: Any = optuna.samplers.RandomSampler(seed=number(plan.seed, candidate)).sample_independent
+        made.append({name: draw(None, None, name, kind) for name, kind in distributions(plan.dimensions).items()})
+    yield made
 
 
-def _tpe(seed: int) -> Any:
-    import optuna
+def qmc(plan: Plan) -> Proposals:
+    """Scrambled Sobol points: they fill the space more evenly than random ones."""
+    from scipy.stats import qmc as library
 
-    return optuna.samplers.TPESampler(seed=seed)
-
-
-def fixed(params: dict[str, Any]) -> Any:
-    """A sampler that gives exactly these parameters."""
-    import optuna
-
-    class Fixed(optuna.samplers.BaseSampler):  # type: ignore[misc]  # the library is untyped
-        def infer_relative_search_space(self, study: Any, trial: Any) -> dict[str, Any]:
-            return {}
-
-        def sample_relative(self, study: Any, trial: Any, search_space: Any) -> dict[str, Any]:
-            return {}
-
-        def sample_independent(self, study: Any, trial: Any, param_name: str, param_distribution: Any) -> Any:
-            return params[param_name]
-
-    return Fixed()
+    sobol = library.Sobol(len(plan.dimensions), scramble=True, rng=plan.seed)
+    points = sobol.random_base2(max(0, (plan.trials - 1).bit_length()))
+    yield [_params(plan.dimensions, point) for point in points[: plan.trials]]
 
 
-def grid(study: optuna.Study, dimensions: Sequence[Dimension], seed: int, trials: int) -> Proposals:
+def grid(plan: Plan) -> Proposals:
     """Every combination in order; numbers without a step get as many points as the trials allow."""
-    import itertools
-
-    each = max(2, int(trials ** (1 / len(dimensions)) + 1e-9))
-    combinations = list(itertools.product(*(d.points(each) for d in dimensions)))
-    if len(combinations) > trials:
+    each = max(2, int(plan.trials ** (1 / len(plan.dimensions)) + 1e-9))
+    combinations = list(itertools.product(*(d.points(each) for d in plan.dimensions)))
+    if len(combinations) > plan.trials:
         raise UserError(
             f"The grid has {len(combinations)} points: give --trials {len(combinations)}, or coarser steps."
         )
-    for values in combinations:
-        yield {d.name: value for d, value in zip(dimensions, values, strict=True)}
+    names = [d.name for d in plan.dimensions]
+    yield [dict(zip(names, values, strict=True)) for values in combinations]
 
 
-def cmaes(study: optuna.Study, dimensions: Sequence[Dimension], seed: int, trials: int) -> Proposals:
-    """CMA-ES on the unit cube: starts at the defaults, sigma 1/6 of each range, restarts with twice the population.
+def cmaes(plan: Plan) -> Proposals:
+    """CMA-ES from the defaults; when it stagnates it begins anew elsewhere with twice the population.
 
-    A generation is proposed whole before its scores are used, so the path does not depend on who evaluates it.
+    Each dimension is measured in steps, so that sigma is 1; samples outside the box are drawn again, then clipped.
     """
     import numpy as np
     from cmaes import CMA
 
-    words = [d.name for d in dimensions if d.kind == "word"]
-    if words:
-        raise UserError(f"cmaes searches numbers; '{words[0]}' is a word. Fix it with --fix, or take --sampler tpe.")
-    mean = np.array([_unit(d) for d in dimensions])
-    population, restart, left = 4 + int(3 * np.log(len(dimensions))), 0, trials
-    bounds = np.tile([0.0, 1.0], (len(dimensions), 1))
-    # The cmaes package needs two dimensions; a lone one gets a companion that scores nothing.
-    pad = 1 if len(dimensions) == 1 else 0
-    if pad:
-        mean, bounds = np.append(mean, 0.5), np.tile([0.0, 1.0], (2, 1))
+    steps, mean = _steps(plan), _start(plan)
+    if len(steps) == 1:  # the cmaes package needs two dimensions; a lone one gets a companion that scores nothing
+        steps, mean = np.append(steps, 1 / 6), np.append(mean, 0.5)
+    bounds = np.stack([np.zeros(len(steps)), 1 / steps], axis=1)
+    population, restart, left = plan.population or 4 + int(3 * np.log(len(plan.dimensions))), 0, plan.trials
     while left > 0:
-        cma = CMA(mean=mean, sigma=1 / 6, bounds=bounds, population_size=population, seed=_number(seed, restart))
+        cma = CMA(
+            mean=mean / steps, sigma=1.0, bounds=bounds, population_size=population, seed=number(plan.seed, restart)
+        )
         while left > 0 and not cma.should_stop():
             points = [cma.ask() for _ in range(population)]
-            scores = []
-            for point in points[:left]:
-                scores.append((yield {d.name: _value(d, u) for d, u in zip(dimensions, point, strict=False)}))
+            scores = yield [_params(plan.dimensions, point * steps) for point in points[:left]]
             left -= len(points)
             if len(scores) == population:
                 cma.tell([(point, -score) for point, score in zip(points, scores, strict=True)])
         restart, population = restart + 1, population * 2
-        mean = np.random.default_rng(_number(seed, restart)).uniform(size=len(mean))
+        mean = np.random.default_rng(number(plan.seed, restart)).uniform(size=len(mean))
 
 
-def _unit(d: Dimension) -> float:
-    start = d.start if d.start is not None and d.low <= d.start <= d.high else (d.low + d.high) / 2
-    return (start - d.low) / (d.high - d.low)
+def cobyla(plan: Plan) -> Proposals:
+    """COBYLA from the defaults, one candidate at a time; when it has settled it begins anew elsewhere."""
+    import numpy as np
+
+    start, restart, left = _start(plan), 0, plan.trials
+    while left > 0:
+        scores: list[float] = []
+        while left > 0 and (point := _after(plan, start, scores)) is not None:
+            (score,) = yield [_params(plan.dimensions, point)]
+            # A refused candidate is worse than any: by how much, linear models must not be told.
+            scores.append(score if score > float("-inf") else min(scores, default=0.0) - 1.0)
+            left -= 1
+        restart += 1
+        start = np.random.default_rng(number(plan.seed, restart)).uniform(size=len(start))
 
 
-def _value(d: Dimension, unit: float) -> float | int:
-    value = d.low + float(unit) * (d.high - d.low)
-    if d.step:
-        value = min(d.high, d.low + round((value - d.low) / d.step) * d.step)
-    return round(value) if d.kind == "int" else value
+class _Next(Exception):  # noqa: N818  # not an error: COBYLA asks for a score that is not known yet
+    def __init__(self, point: np.ndarray[Any, Any]) -> None:
+        self.point = point
 
 
-SAMPLERS: Mapping[str, Callable[..., Proposals]] = {
-    "random": _by_optuna(_random),
-    "tpe": _by_optuna(_tpe),
-    "cmaes": cmaes,
-    "grid": grid,
+def _after(plan: Plan, start: np.ndarray[Any, Any], scores: Sequence[float]) -> np.ndarray[Any, Any] | None:
+    """The point that COBYLA asks for after these scores, found by running it again; None once it has settled."""
+    from scipy.optimize import minimize
+
+    known, steps = iter(scores), _steps(plan)
+
+    def loss(point: np.ndarray[Any, Any]) -> float:
+        score = next(known, None)
+        if score is None:
+            raise _Next(point * steps)
+        return -score
+
+    options = {"rhobeg": 1.0, "maxiter": plan.trials + 1, "tol": COBYLA_SETTLED}
+    try:
+        minimize(loss, start / steps, method="COBYLA", bounds=[(0.0, 1 / step) for step in steps], options=options)
+    except _Next as asked:
+        return asked.point
+    return None
+
+
+def _steps(plan: Plan) -> np.ndarray[Any, Any]:
+    """The first step in each dimension, as a share of its range: a sixth, or what `--sigma` says."""
+    import numpy as np
+
+    if plan.sigma is None:
+        return np.full(len(plan.dimensions), 1 / 6)
+    return np.array([min(1.0, plan.sigma / max(d.high - d.low, 1e-12)) for d in plan.dimensions])
+
+
+def _start(plan: Plan) -> np.ndarray[Any, Any]:
+    """Where to begin, as shares of the ranges: what `--start` says, the default, or the middle."""
+    import numpy as np
+
+    words = [d.name for d in plan.dimensions if d.kind == "word"]
+    if words:
+        raise UserError(
+            f"{plan.sampler} searches numbers; '{words[0]}' is a word. Fix it with --fix, or take --sampler tpe."
+        )
+    starts = []
+    for d in plan.dimensions:
+        given = plan.start.get(d.name, plan.start.get(d.setting, d.start))
+        inside = given is not None and d.low <= given <= d.high
+        start = given if inside and given is not None else (d.low + d.high) / 2
+        starts.append((start - d.low) / (d.high - d.low) if d.high > d.low else 0.5)
+    return np.array(starts)
+
+
+def _params(dimensions: Sequence[Dimension], point: Iterable[float]) -> dict[str, Any]:
+    return {d.name: d.at(float(share)) for d, share in zip(dimensions, point, strict=False)}
+
+
+def by_optuna(plan: Plan) -> Proposals:
+    """Leave every candidate to Optuna."""
+    yield [None] * plan.trials
+
+
+def drawing(plan: Plan, candidate: int) -> Any:
+    """The Optuna sampler that draws a candidate: a new one each time, so that nothing is remembered but the study."""
+    import optuna
+
+    kinds = {
+        "tpe": optuna.samplers.TPESampler,
+        "gp": optuna.samplers.GPSampler,
+        "nsga2": optuna.samplers.NSGAIISampler,
+        "nsga3": optuna.samplers.NSGAIIISampler,
+    }
+    more = {"population_size": plan.population} if plan.population and plan.sampler.startswith("nsga") else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # NSGA-III's interface may change
+        return kinds[plan.sampler](seed=number(plan.seed, candidate), **more)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A way of choosing candidates, and what it can do."""
+
+    propose: Callable[[Plan], Proposals]
+    objectives: bool = True  # takes several objectives
+    population: bool = False  # takes --population
+    start: bool = False  # takes --start and --sigma
+
+
+SAMPLERS: Mapping[str, Sampler] = {
+    "random": Sampler(random),
+    "qmc": Sampler(qmc),
+    "tpe": Sampler(by_optuna),
+    "gp": Sampler(by_optuna),
+    "cmaes": Sampler(cmaes, objectives=False, population=True, start=True),
+    "cobyla": Sampler(cobyla, objectives=False, start=True),
+    "grid": Sampler(grid),
+    "nsga2": Sampler(by_optuna, population=True),
+    "nsga3": Sampler(by_optuna, population=True),
 }
+
+
+def check_sampler(name: str) -> str:
+    """Refuse an unknown sampler."""
+    from mergectl.errors import did_you_mean
+
+    if name not in SAMPLERS:
+        raise UserError(f"No sampler '{name}'.{did_you_mean(name, SAMPLERS)}")
+    return name
+
+
+def check_plan(plan: Plan) -> None:
+    """Refuse what a sampler cannot do, before anything is loaded."""
+    sampler = SAMPLERS[check_sampler(plan.sampler)]
+    if len(plan.objectives) > 1 and not sampler.objectives:
+        raise UserError(
+            f"{plan.sampler} takes one objective, and {', '.join(plan.objectives)} are {len(plan.objectives)}. "
+            "Take --sampler nsga2, tpe, random or qmc."
+        )
+    if plan.prune is not None and plan.objectives != ("mean",):
+        raise UserError(f"--prune compares means: it cannot serve the objective {', '.join(plan.objectives)}.")
+    given = {"--population": plan.population, "--sigma": plan.sigma, "--start": plan.start or None}
+    for option, value in given.items():
+        if value is not None and not (sampler.population if option == "--population" else sampler.start):
+            able = [name for name, s in SAMPLERS.items() if (s.population if option == "--population" else s.start)]
+            raise UserError(f"{option} is for {', '.join(able)}, not for {plan.sampler}.")
+    known = {name for d in plan.dimensions for name in (d.name, d.setting)}
+    for name in plan.start:
+        if name not in known:
+            raise UserError(f"--start {name}: this is not searched. Searched: {', '.join(sorted(known))}.")
+    for d in plan.dimensions:
+        value = plan.start.get(d.name, plan.start.get(d.setting))
+        if value is not None and not d.low <= value <= d.high:
+            raise UserError(f"--start {d.name}={value:g} lies outside its range, {d.low:g} to {d.high:g}.")
+    next(sampler.propose(plan))  # a grid too large, or words where only numbers are searched

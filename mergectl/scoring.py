@@ -2,42 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergectl.checkpoints import open_checkpoint
 from mergectl.families import open_family
 from mergectl.lab import Lab
+from mergectl.refs import ref_of
 from mergectl.terminal import print_table
 from mergectl.verbs import evaluate_model, evaluate_references
 
 if TYPE_CHECKING:
+    from mergectl.evaluate import Written
     from mergectl.tuning import SearchJob
 
 COLUMNS = ("task", "score", "of expert", "base to expert", "examples", "seconds")
 
 
 def score(
-    lab: Lab, model: str, words: Sequence[str], heads: Sequence[tuple[str | None, str]], *, references: bool, **how: Any
-) -> None:
+    lab: Lab, model: str, words: Sequence[str], heads: Sequence[tuple[str | None, str]], *,
+    references: bool, show: int, **how: Any,
+) -> None:  # fmt: skip
     """Evaluate a model and print its scores, normalised where experts and base are scored too."""
     if references:
         _score_references(lab, model, words, **how)
-    result = evaluate_model(lab, model, words, heads=heads, **how)
-    show_run(lab, result["run"])
+    result = evaluate_model(lab, model, words, heads=heads, show=show, **how)
+    show_run(lab, result["run"], result["evaluation"].written)
 
 
 def _score_references(lab: Lab, model: str, words: Sequence[str], **how: Any) -> None:
     """Score the experts and the base that a merged folder names as its inputs."""
-    inputs = open_checkpoint(model, lab.find_run).meta.get("inputs", [])
-    experts = [(row["task"], row["ref"]) for row in inputs if row["role"] == "expert"]
-    base = next((row["ref"] for row in inputs if row["role"] == "base"), None)
+    meta = open_checkpoint(model, lab.find_run).meta
+    inputs = meta.get("inputs", [])
+    rows = [row for row in inputs if row["role"] == "expert"]
+    tasks = [row["task"] for row in rows]
+    names = list(meta.get("tasks", tasks))  # those under which they were merged tell several of one task apart
+    experts = [
+        (name if tasks.count(row["task"]) > 1 else row["task"], ref_of(row))
+        for name, row in zip(names, rows, strict=True)
+    ]
+    base = next((ref_of(row) for row in inputs if row["role"] == "base"), None)
     if experts:
         evaluate_references(lab, open_family(base, experts, lab.find_run), words, **how)
 
 
-def show_run(lab: Lab, run_id: str) -> None:
+def show_run(lab: Lab, run_id: str, written: Sequence[Written] = ()) -> None:
     """Print the scores of an evaluation run from the store, with what they mean beside expert and base."""
     table = lab.store.query(
         "SELECT l.task, l.score, l.relative_to_expert, l.normalised, e.value AS examples, s.value AS seconds "
@@ -49,11 +60,13 @@ def show_run(lab: Lab, run_id: str) -> None:
     )
     rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
     mean = sum(row["score"] for row in rows) / len(rows)
-    document = {"run": run_id, "mean": mean, "tasks": rows}
-    lab.terminal.give(document, lambda: _print(rows, mean, run_id))
+    document: dict[str, Any] = {"run": run_id, "mean": mean, "tasks": rows}
+    if written:
+        document["written"] = [asdict(row) for row in written]
+    lab.terminal.give(document, lambda: _print(rows, mean, run_id, written))
 
 
-def _print(rows: Sequence[dict[str, Any]], mean: float, run_id: str) -> None:
+def _print(rows: Sequence[dict[str, Any]], mean: float, run_id: str, written: Sequence[Written]) -> None:
     shown: list[tuple[Any, ...]] = [
         (
             r["task"],
@@ -69,6 +82,9 @@ def _print(rows: Sequence[dict[str, Any]], mean: float, run_id: str) -> None:
     print_table(f"Scores in percent (run {run_id})", COLUMNS, shown)
     if any(r["relative_to_expert"] is None for r in rows):
         print("A dash: the expert or the base is not scored here yet (--references), or the expert is no better.")
+    if written:
+        texts = [(row.task, row.text, row.written, row.right) for row in written]
+        print_table("What the model writes", ("task", "text", "written", "right answer"), texts, left=4)
 
 
 def _percent(value: float | None) -> str | None:
@@ -90,12 +106,27 @@ def search_and_show(lab: Lab, job: SearchJob, out: Path, *, force: bool) -> None
         "run": result["run"], "study": result["study"], "out": result["out"], "settings": best.settings,
         "trial": best.number, job.split: best.score, "report": found.mean, "tasks": found.scores,
     }  # fmt: skip
+    if len(result["objectives"]) > 1:
+        document["front"] = [
+            {"trial": t.number, **dict(zip(result["objectives"], t.values, strict=True)), "settings": t.settings}
+            for t in result["front"]
+        ]
+    if job.split == "report":
+        lab.terminal.warn("This search chose by 'report': the scores on it are no fair test of the result.")
+    lab.terminal.give(document, lambda: _show_search(job, result))
 
-    def show() -> None:
-        settings = ", ".join(f"{name}={value}" for name, value in best.settings.items())
-        rows = [(task, _percent(score)) for task, score in found.scores.items()]
-        print_table("Best candidate in percent", ("task", "report"), [*rows, ("mean", _percent(found.mean))])
-        print(f"{settings}  (study {result['study']})")
-        print(f"{result['out']}  (run {result['run']}, trial {best.number}, {100 * best.score:.1f} on '{job.split}')")
 
-    lab.terminal.give(document, show)
+def _show_search(job: SearchJob, result: dict[str, Any]) -> None:
+    best, found, objectives = result["best"], result["report"], result["objectives"]
+    if len(objectives) > 1:
+        rows = [(t.number, *t.values, 100 * t.score, _settings(t.settings)) for t in result["front"]]
+        print_table(f"Pareto front on '{job.split}'", ("trial", *objectives, "mean in percent", "settings"), rows)
+        print(f"Written: trial {best.number}, the best mean of the front.")
+    rows = [(task, _percent(score)) for task, score in found.scores.items()]
+    print_table("Best candidate in percent", ("task", "report"), [*rows, ("mean", _percent(found.mean))])
+    print(f"{_settings(best.settings)}  (study {result['study']})")
+    print(f"{result['out']}  (run {result['run']}, trial {best.number}, {100 * best.score:.1f} on '{job.split}')")
+
+
+def _settings(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in settings.items())

@@ -1,192 +1,214 @@
-"""Search a method's settings: Optuna asks, a merge in memory answers with its scores, the lab's journal remembers.
+"""Lead a search: queue candidates in their order, see them scored by whoever works, remember everything in a study.
 
-A search that is killed and started again goes on: finished trials are read back, never repeated.
+The candidates are a function of the seed and of earlier scores, never of who scores them or when; a search that is
+killed and started again goes on, and no finished candidate is scored twice.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
-import re
+import threading
+import time
+import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
 
-from mergectl.errors import UserError, WorkError
-from mergectl.samplers import SAMPLERS, fixed
-from mergectl.space import Dimension, distributions, to_settings
+from mergectl.errors import WorkError
+from mergectl.pruning import Verdict
+from mergectl.samplers import SAMPLERS, check_sampler
+from mergectl.space import distributions, to_settings
+from mergectl.studies import backing
+from mergectl.trials import Plan, Trial, best_of, merit
+from mergectl.workers import PAUSE, Judge, Watch, attempt, fail_lost, finish, study_facts, take
 
 if TYPE_CHECKING:
     import optuna
 
-Judge = Callable[[dict[str, Any]], "Verdict"]
+__all__ = ["Plan", "Trial", "Verdict", "check_sampler", "read_back", "search"]
+
+QUEUED = 32  # candidates that wait in the study for workers to take them
+LOSSES = 3  # workers that may die of one candidate before it is given up
+LEADS = 5.0  # seconds between a leader's signs of life
+Seen = Callable[[Trial, "Verdict | None"], None]
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What a candidate is worth: each task's score and their mean."""
+class Crew(Protocol):
+    """Workers in processes of their own, under the leader's eyes."""
 
-    scores: Mapping[str, float]
-    seconds: float
-
-    @property
-    def mean(self) -> float:
-        """The mean over tasks: what a search maximises."""
-        return sum(self.scores.values()) / len(self.scores)
+    def check(self, finished: int) -> None:
+        """Replace workers that were killed; raise where one cannot work."""
 
 
-@dataclass(frozen=True)
-class Plan:
-    """All that decides which candidates a search tries."""
+@dataclass
+class Ledger:
+    """What a study says of each candidate."""
 
-    dimensions: tuple[Dimension, ...]
-    fixed: Mapping[str, Any]
-    sampler: str
-    trials: int
-    seed: int
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One finished candidate."""
-
-    number: int
-    settings: dict[str, Any]
-    score: float
-    again: bool  # read back from an earlier session
+    done: dict[int, Any] = field(default_factory=dict)  # its finished trial
+    open: set[int] = field(default_factory=set)  # queued or running
+    queued: int = 0
+    losses: Counter[int] = field(default_factory=Counter)  # workers that died over it
 
 
-class JournalLock:
-    """The journal's lock, which the system lifts when its holder dies: Optuna's own lock files outlive a kill."""
+def read(study: optuna.Study) -> Ledger:
+    """Sort a study's trials by candidate."""
+    from optuna.trial import TrialState
 
-    def __init__(self, journal: Path) -> None:
-        self._journal, self._path = journal, journal.with_name(".journal.lock")
-        self._held: IO[bytes] | None = None
-
-    def acquire(self) -> bool:
-        """Wait for the lock, then drop what a killed writer left of a line: no later line could be read otherwise."""
-        self._held = self._path.open("ab")
-        fcntl.flock(self._held, fcntl.LOCK_EX)
-        with self._journal.open("rb+") as file:
-            end = file.seek(0, os.SEEK_END)
-            if end and _last_byte(file) != b"\n":
-                file.seek(0)
-                file.truncate(file.read().rfind(b"\n") + 1)
-        return True
-
-    def release(self) -> None:
-        """Let go."""
-        if self._held is not None:
-            self._held.close()
-
-
-def _last_byte(file: IO[bytes]) -> bytes:
-    file.seek(-1, os.SEEK_END)
-    return file.read(1)
-
-
-@contextlib.contextmanager
-def open_study(folder: Path, name: str) -> Iterator[optuna.Study]:
-    """Open a study in the lab's journal; only one process works on it at a time."""
-    import optuna
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
-
-    if not re.fullmatch(r"\w[\w.-]*", name):
-        raise UserError(f"A study's name is made of letters, digits, _ . and -, got '{name}'.")
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"{name}.lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise WorkError(f"Another process is working on the study '{name}'. Wait for it, or stop it.") from error
-        journal = folder / "journal.log"
-        storage = JournalStorage(JournalFileBackend(str(journal), JournalLock(journal)))
-        yield optuna.create_study(study_name=name, storage=storage, direction="maximize", load_if_exists=True)
-
-
-def claim(study: optuna.Study, question: str) -> None:
-    """Refuse to mix two questions in one study: trials of the one are no answers to the other."""
-    if study.user_attrs.get("question", question) != question:
-        raise UserError(
-            f"The study '{study.study_name}' belongs to another search (other models, tasks, settings or seed). "
-            "Choose another --study, or leave it out."
-        )
-    study.set_user_attr("question", question)
-
-
-def search(study: optuna.Study, plan: Plan, judge: Judge, seen: Callable[[Trial, Verdict], None]) -> Trial:
-    """Try the plan's candidates in order, skipping those already finished; return the best, the earliest of equals."""
-    done = _finished(study)
-    _fail_stale(study)
-    proposals = SAMPLERS[plan.sampler](study, plan.dimensions, plan.seed, plan.trials)
-    best: Trial | None = None
-    params = next(proposals)
-    for candidate in range(plan.trials):
-        if candidate in done:
-            trial, verdict = done[candidate], _told(done[candidate])
-            found = Trial(candidate, to_settings(trial.params, plan.dimensions, plan.fixed), float(trial.value), True)
+    ledger = Ledger()
+    for trial in study.get_trials(deepcopy=False):
+        candidate = trial.user_attrs.get("candidate")
+        if candidate is None:
+            continue
+        if trial.state in (TrialState.WAITING, TrialState.RUNNING):
+            ledger.open.add(candidate)
+            ledger.queued += trial.state == TrialState.WAITING
+        elif trial.state != TrialState.FAIL or "refused" in trial.user_attrs:
+            ledger.done.setdefault(candidate, trial)
         else:
-            found, verdict = _try(study, plan, candidate, params, judge)
-        seen(found, verdict)
-        best = found if best is None or found.score > best.score else best
-        try:
-            params = proposals.send(found.score)
-        except StopIteration:
-            break
-    if best is None or best.score == float("-inf"):
-        raise WorkError("No candidate of the search could be evaluated.")
+            ledger.losses[candidate] += bool(trial.user_attrs.get("lost"))
+    return ledger
+
+
+def search(study: optuna.Study, plan: Plan, judge: Judge | None, seen: Seen, crew: Crew | None = None) -> list[Trial]:
+    """Have the plan's candidates scored, by `judge` here or by a crew; return all trials in their order."""
+    proposals = SAMPLERS[plan.sampler].propose(plan)
+    batch = next(proposals)
+    results: dict[int, Trial] = {}
+    with _leading(study):
+        watch = Watch()
+        fail_lost(study, watch, first=True)
+        queue = Queue(study, plan, judge, crew, watch, frozenset(read(study).done))
+        with contextlib.suppress(StopIteration):
+            while True:
+                candidates = range(len(results), len(results) + len(batch))
+                queue.settle(dict(zip(candidates, batch, strict=True)), results, seen)
+                batch = proposals.send([_score(results[candidate], plan) for candidate in candidates])
+    return [results[candidate] for candidate in sorted(results)]
+
+
+def best_trial(trials: list[Trial], plan: Plan) -> Trial:
+    """The trial to keep, or an error that says why there is none."""
+    best = best_of(trials, plan.objectives)
+    if best is None:
+        reasons = Counter(trial.refused for trial in trials if trial.refused)
+        why = f" Most often: {reasons.most_common(1)[0][0]}" if reasons else ""
+        raise WorkError(f"No candidate of the search could be evaluated.{why}")
     return best
 
 
-def _finished(study: optuna.Study) -> dict[int, Any]:
+def _score(trial: Trial, plan: Plan) -> float:
+    """What a sampler is told of a trial: its first objective, more is better."""
+    return trial.score if trial.refused or trial.pruned else merit(trial, plan.objectives)[0]
+
+
+@dataclass(frozen=True)
+class Queue:
+    """The way of candidates through the study."""
+
+    study: optuna.Study
+    plan: Plan
+    judge: Judge | None
+    crew: Crew | None
+    watch: Watch
+    before: frozenset[int]  # candidates that an earlier session finished
+
+    def settle(self, wanted: dict[int, Mapping[str, Any] | None], results: dict[int, Trial], seen: Seen) -> None:
+        """Have these candidates finished, queueing what is not yet; tell of each as it is."""
+        looked = time.monotonic()
+        while True:
+            ledger = read(self.study)
+            self._collect(ledger, wanted, results, seen)
+            if not wanted:
+                return
+            self._enqueue(ledger, wanted)
+            number = take(self.study) if self.judge is not None else None
+            if number is not None and self.judge is not None:
+                attempt(self.study, self.plan, number, self.judge)
+                continue
+            if self.crew is not None:
+                self.crew.check(len(ledger.done))
+            if time.monotonic() - looked > 1.0 or self.crew is not None:
+                looked = time.monotonic()
+                fail_lost(self.study, self.watch)
+            time.sleep(PAUSE)
+
+    def _collect(self, ledger: Ledger, wanted: dict[int, Any], results: dict[int, Trial], seen: Seen) -> None:
+        for candidate in sorted(wanted):
+            trial = ledger.done.get(candidate)
+            if trial is not None:
+                found, verdict = read_back(trial, self.plan, again=candidate in self.before)
+            elif ledger.losses[candidate] >= LOSSES:
+                why = f"{LOSSES} workers died over it (was there enough memory?)."
+                found, verdict = Trial(candidate, {}, float("-inf"), False, refused=why), None
+            else:
+                continue
+            results[candidate] = found
+            del wanted[candidate]
+            seen(found, verdict)
+
+    def _enqueue(self, ledger: Ledger, wanted: Mapping[int, Mapping[str, Any] | None]) -> None:
+        import optuna
+
+        missing = [candidate for candidate in sorted(wanted) if candidate not in ledger.open]
+        for candidate in missing[: max(0, QUEUED - ledger.queued)]:
+            params = wanted[candidate]
+            space = distributions(self.plan.dimensions) if params is not None else {}
+            self.study.add_trial(
+                optuna.trial.create_trial(
+                    state=optuna.trial.TrialState.WAITING,
+                    params=dict(params or {}),
+                    distributions=space,
+                    user_attrs={"candidate": candidate},
+                )
+            )
+
+
+def read_back(trial: Any, plan: Plan, *, again: bool = False) -> tuple[Trial, Verdict | None]:
+    """A finished trial as the study keeps it; no verdict where the candidate was refused."""
     from optuna.trial import TrialState
 
-    finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    return {trial.user_attrs["candidate"]: trial for trial in finished if "candidate" in trial.user_attrs}
+    facts, candidate = trial.user_attrs, trial.user_attrs["candidate"]
+    settings = to_settings(trial.params, plan.dimensions, plan.fixed) if trial.params else {}
+    if "refused" in facts:
+        return Trial(candidate, settings, float("-inf"), again, refused=facts["refused"]), None
+    pruned = trial.state == TrialState.PRUNED
+    counts = {"rows": facts.get("rows", 0), "total": facts.get("total", 0)}
+    verdict = Verdict(facts["scores"], facts["seconds"], pruned=pruned, **counts)
+    return Trial(candidate, settings, verdict.mean, again, tuple(trial.values or ()), pruned=pruned), verdict
 
 
-def _told(trial: Any) -> Verdict:
-    """What a finished trial was worth, as the journal keeps it."""
-    return Verdict(trial.user_attrs["scores"], trial.user_attrs["seconds"])
+@contextlib.contextmanager
+def _leading(study: optuna.Study) -> Iterator[None]:
+    """Say in the study that this process leads it, again and again, and that it has ended."""
+    token, done = uuid.uuid4().hex, threading.Event()
 
+    def lead() -> None:
+        count = 1
+        while not done.wait(LEADS):
+            count += 1
+            study.set_user_attr("leader", [token, count])
 
-def _fail_stale(study: optuna.Study) -> None:
-    """Trials still running belong to a process that is gone: we hold the study's lock."""
-    from optuna.trial import TrialState
-
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        study.tell(trial.number, state=TrialState.FAIL)
-
-
-def _try(
-    study: optuna.Study, plan: Plan, candidate: int, params: dict[str, Any] | None, judge: Judge
-) -> tuple[Trial, Verdict]:
-    from optuna.trial import TrialState
-
-    if params is not None:
-        study.sampler = fixed(params)
-    trial = study.ask(distributions(plan.dimensions))
-    trial.set_user_attr("candidate", candidate)
-    settings = to_settings(trial.params, plan.dimensions, plan.fixed)
+    study.set_user_attr("leader", [token, 1])
+    study.set_user_attr("ended", False)
+    thread = threading.Thread(target=lead, daemon=True)
+    thread.start()
     try:
-        verdict = judge(settings)
-    except BaseException:
-        study.tell(trial, state=TrialState.FAIL)
-        raise
-    trial.set_user_attr("scores", dict(verdict.scores))
-    trial.set_user_attr("seconds", verdict.seconds)
-    study.tell(trial, verdict.mean)
-    return Trial(candidate, settings, verdict.mean, False), verdict
+        yield
+    finally:
+        done.set()
+        thread.join()
+        if study_facts(study).get("leader", [token])[0] == token:
+            study.set_user_attr("ended", True)
+            _withdraw(study)
 
 
-def check_sampler(name: str) -> str:
-    """Refuse an unknown sampler."""
-    from mergectl.errors import did_you_mean
+def _withdraw(study: optuna.Study) -> None:
+    """Take back what is still queued: nobody will ask for it before the search goes on."""
+    from optuna.exceptions import UpdateFinishedTrialError
+    from optuna.trial import TrialState
 
-    if name not in SAMPLERS:
-        raise UserError(f"No sampler '{name}'.{did_you_mean(name, SAMPLERS)}")
-    return name
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+        with contextlib.suppress(UpdateFinishedTrialError):
+            if backing(study).set_trial_state_values(trial._trial_id, state=TrialState.RUNNING):
+                finish(study, trial.number, TrialState.FAIL)

@@ -33,7 +33,7 @@ _LEGACY = {
     "DARE_TIES": "dare_ties",
 }
 _TYPES: dict[Any, Literal["float", "int", "bool", "word"]]
-_TYPES = {float: "float", int: "int", bool: "bool", str: "word"}
+_TYPES = {float: "float", float | None: "float", int: "int", bool: "bool", str: "word"}
 
 
 @dataclass(frozen=True)
@@ -100,10 +100,19 @@ def function_of(name: str) -> Callable[..., Any]:
     return _function(plugins.load("methods", name), name)
 
 
-def in_blocks(name: str, given: Mapping[str, Any]) -> bool:
-    """Say whether a file's function works element by element under these settings (its fact BLOCKS)."""
+def blocks_of(name: str, given: Mapping[str, Any]) -> str:
+    """Say in what blocks a file's function may be handed weights (its fact BLOCKS): `elements`, `rows` or none ("")."""
     fact = getattr(plugins.load("methods", name), "BLOCKS", False)
-    return all(given.get(key) in values for key, values in fact.items()) if isinstance(fact, Mapping) else bool(fact)
+    if not isinstance(fact, Mapping):
+        return fact if isinstance(fact, str) else "elements" if fact else ""
+    found = [_blocks_for(allowed, given.get(key)) for key, allowed in fact.items()]
+    return "" if "" in found else "rows" if "rows" in found else "elements"
+
+
+def _blocks_for(allowed: Any, value: Any) -> str:
+    if isinstance(allowed, Mapping):
+        return str(allowed.get(value, ""))
+    return "elements" if value in allowed else ""
 
 
 def check(name: str, given: Mapping[str, Any], tasks: Sequence[str] | None) -> dict[str, Any]:
@@ -241,7 +250,8 @@ def _setting(parameter: inspect.Parameter, function: Callable[..., Any], origin:
     if (kind != PerTask and kind not in _TYPES) or (kind is str) != bool(words) or not help_text:
         raise TypeError(
             f"setting '{name}' must say type, range and help on one line, like "
-            'Annotated[float, Between(0, 1), "share kept"]; types are float, int, bool, PerTask and str with OneOf.'
+            'Annotated[float, Between(0, 1), "share kept"]; '
+            "types are float, float | None, int, bool, PerTask and str with OneOf."
         )
     if parameter.default is parameter.empty:
         raise TypeError(f"setting '{name}' must have a default.")

@@ -42,22 +42,28 @@ def resolve(words: Sequence[str], own: Mapping[str, Task] | None = None) -> list
 def _one(word: str, own: Mapping[str, Task] | None) -> Iterable[Task]:
     if "/" in word:
         name, _, rest = word.partition("/")
-        tasks = suite(_known_suite(name, own), own)
+        name = _known_suite(name, own)
+        tasks = suite(name, own)
         if rest not in tasks:
             raise UserError(f"No task '{rest}' in suite '{name}'.{did_you_mean(rest, tasks)}")
         return [tasks[rest]]
-    if word in suites() or (word == FILES and own):
-        return _whole(word, own)
+    if _hyphened(word) in suites() or (word == FILES and own):
+        return _whole(_hyphened(word), own)
     return [_by_bare_name(word, own)]
+
+
+def _hyphened(suite: str) -> str:
+    """A suite's name as it is written; `glue_t5`, as its file is called, means `glue-t5`."""
+    return suite.replace("_", "-")
 
 
 def _known_suite(name: str, own: Mapping[str, Task] | None) -> str:
     if name == FILES and not own:
         raise UserError("The suite 'files' is empty: declare your tasks in a recipe and name it with --tasks FILE.")
     known = [*suites(), FILES]
-    if name not in known:
+    if _hyphened(name) not in known:
         raise UserError(f"No suite '{name}'.{did_you_mean(name, known)}")
-    return name
+    return _hyphened(name)
 
 
 def _whole(name: str, own: Mapping[str, Task] | None) -> Iterable[Task]:
@@ -69,6 +75,8 @@ def _whole(name: str, own: Mapping[str, Task] | None) -> Iterable[Task]:
 def _by_bare_name(word: str, own: Mapping[str, Task] | None) -> Task:
     every = {task.id: task for name in [*suites(), FILES] for task in suite(name, own).values()}
     matches = [task for task in every.values() if task.name == word]
+    if labelled := [task for task in matches if task.kind != "text_to_text"]:
+        matches = labelled  # a bare `rte` is the task that classifiers answer; text-to-text tasks say their suite
     if len(matches) == 1:
         return matches[0]
     if matches:

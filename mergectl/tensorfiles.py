@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,8 +24,10 @@ SHARD_BYTES = 5_000_000_000
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
-def parse_size(text: str) -> int:
-    """`5GB`, `200MiB` or a plain number of bytes."""
+def parse_size(text: str | None) -> int:
+    """`5GB`, `200MiB` or a plain number of bytes; the usual size where none is given."""
+    if text is None:
+        return SHARD_BYTES
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip().upper())
     size = int(float(match[1]) * UNITS.get(match[2], 0)) if match else 0
     if not 1 <= size < 2**62:
@@ -38,10 +41,15 @@ def bytes_of(shape: tuple[int, ...], dtype: str) -> int:
 
 
 class SafetensorsWriter:
-    """A safetensors file filled weight by weight: shapes and types are known beforehand."""
+    """A safetensors file filled weight by weight, or block by block: shapes and types are known beforehand.
+
+    Several threads may write at once.
+    """
 
     def __init__(self, path: Path, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str]) -> None:
-        self.path, self.shapes, self.dtypes, self.missing = path, dict(shapes), dict(dtypes), set(shapes)
+        self.path, self.shapes, self.dtypes = path, dict(shapes), dict(dtypes)
+        self.missing = {name: math.prod(shape) for name, shape in shapes.items()}  # elements yet to be written
+        self._lock = threading.Lock()
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         places: dict[str, tuple[int, int]] = {}
         end = 0
@@ -65,21 +73,26 @@ class SafetensorsWriter:
         """The file, first byte and number of bytes in which a weight belongs."""
         return (self.path, *self._places[name])
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write one weight, cast to the type that was announced for it; it must fit and be finite."""
+    def write(self, name: str, tensor: torch.Tensor, start: int | None = None) -> None:
+        """Write one weight, or its elements from `start` on, cast to the announced type; it must fit and be finite."""
         import torch
 
-        if name not in self.missing or tuple(tensor.shape) != self.shapes[name]:
-            raise WorkError(f"The merge gave '{name}' twice, unasked, or in the shape {list(tensor.shape)}.")
+        with self._lock:
+            left = self.missing.get(name, -1)
+            fits = tensor.numel() <= left if start is not None else tuple(tensor.shape) == self.shapes.get(name)
+            if not fits or (start is None and left != tensor.numel()):
+                raise WorkError(f"The merge gave '{name}' twice, unasked, or in the shape {list(tensor.shape)}.")
+            self.missing[name] = left - tensor.numel()
+            if self.missing[name] == 0:
+                del self.missing[name]
         tensor = tensor.detach().to("cpu", getattr(torch, WORD_TO_TORCH[self.dtypes[name]])).contiguous()
-        if tensor.is_floating_point() and not _is_finite(tensor):
+        if tensor.is_floating_point() and not is_finite(tensor):
             raise UserError(
                 f"The merged '{name}' holds numbers that {WORD_TO_TORCH[self.dtypes[name]]} cannot hold. "
                 "Choose smaller settings or another --dtype."
             )
         data = tensor.reshape(-1).view(torch.uint8).numpy().data
-        write_all(self._file.fileno(), data, self._places[name][0])
-        self.missing.remove(name)
+        write_all(self._file.fileno(), data, self._places[name][0] + (start or 0) * tensor.itemsize)
 
     def __enter__(self) -> SafetensorsWriter:
         return self
@@ -91,7 +104,10 @@ class SafetensorsWriter:
             raise WorkError(f"The merge gave no '{min(self.missing)}' ({len(self.missing)} weights missing).")
 
 
-def _is_finite(x: torch.Tensor) -> bool:
+def is_finite(x: torch.Tensor) -> bool:
+    """Say whether there is no NaN and no infinity: either makes the sum so, which finite numbers seldom do."""
+    if x.itemsize >= 4 and math.isfinite(float(x.sum())):
+        return True
     return x.numel() == 0 or x.itemsize == 1 or all(bool(end.isfinite()) for end in x.aminmax())
 
 
@@ -127,9 +143,9 @@ class ModelWriter:
         """The file, first byte and number of bytes in which a weight belongs."""
         return self._of[name].where(name)
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write one weight into its shard."""
-        self._of[name].write(name, tensor)
+    def write(self, name: str, tensor: torch.Tensor, start: int | None = None) -> None:
+        """Write one weight, or its elements from `start` on, into its shard."""
+        self._of[name].write(name, tensor, start)
 
     def __enter__(self) -> ModelWriter:
         return self

@@ -8,13 +8,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from torch.utils.data import Sampler
+from torch.utils.data import Sampler, SequentialSampler
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from mergectl.bench import Bench, score_model
 from mergectl.errors import WorkError
+from mergectl.masking import Guard, guard_for
+from mergectl.text2text import IGNORED
 
 if TYPE_CHECKING:
+    from mergectl.benchmarks._contract import Kind
     from mergectl.finetune_config import FinetuneConfig
 
 Progress: TypeAlias = Callable[[int, int, str], None]
@@ -56,9 +59,25 @@ class TaskTrainer(Trainer):  # type: ignore[misc, unused-ignore]
 
     control: Any
 
-    def __init__(self, *, bench: Bench, dtype: str, sampler: ByLength | None = None, **facts: Any) -> None:
+    def __init__(
+        self, *, bench: Bench, dtype: str, sampler: Sampler[int] | None = None, guard: Guard | None = None, **facts: Any
+    ) -> None:
         super().__init__(**facts)
-        self._bench, self._dtype, self._sampler = bench, dtype, sampler
+        self._bench, self._dtype, self._sampler, self._guard = bench, dtype, sampler, guard
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """With ownership masks, an optimiser that is kept to them."""
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if fresh and self._guard is not None:
+            self._guard.attach(optimizer)
+        return optimizer
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """What a branch does not own has no part in the length of its gradient."""
+        if self._guard is not None:
+            self._guard.zero_gradients()
+        return super()._clip_grad_norm(model)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Score the model on the `tune` split and tell the callbacks."""
@@ -96,7 +115,9 @@ class TaskTrainer(Trainer):  # type: ignore[misc, unused-ignore]
             raise WorkError(f"The training checkpoint in {self.args.output_dir} does not fit the model ('{name}').")
 
     def _is_tied(self, name: str) -> bool:
-        return name in (getattr(self.model, "_tied_weights_keys", None) or ())
+        """Whether a weight is another's under a second name: of those, only one is saved."""
+        state = self.model.state_dict(keep_vars=True)
+        return sum(tensor is state[name] for tensor in state.values()) > 1
 
 
 class Recorder(TrainerCallback):  # type: ignore[misc, unused-ignore]
@@ -140,16 +161,19 @@ def measured(entry: Mapping[str, float]) -> list[tuple[str, str, float]]:
     return fit + tune
 
 
-def loss(regression: bool) -> Callable[..., Any]:
-    """Mean loss per example of the whole batch, however it is cut into accumulated parts or spread over devices."""
+def loss(kind: Kind) -> Callable[..., Any]:
+    """Mean loss per example (per token of the answers) of the whole batch.
+
+    The mean is the same however the batch is cut into accumulated parts or spread over devices.
+    """
     from torch.nn.functional import cross_entropy, mse_loss
 
     def compute(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
         logits = outputs["logits"].float()
-        items = labels.numel() if num_items_in_batch is None else num_items_in_batch
-        if regression:
+        items = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        if kind == "regression":
             return mse_loss(logits.view(-1), labels.float().view(-1), reduction="sum") / items
-        return cross_entropy(logits, labels, reduction="sum") / items
+        return cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="sum") / items
 
     return compute
 
@@ -164,7 +188,7 @@ def arguments(config: FinetuneConfig, folder: Path, device: str) -> TrainingArgu
     found = TrainingArguments(
         output_dir=str(folder), per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.accumulation, num_train_epochs=config.epochs,
-        max_steps=config.max_steps or -1, learning_rate=config.learning_rate, weight_decay=config.weight_decay,
+        max_steps=config.max_steps or -1, max_grad_norm=config.max_grad_norm, learning_rate=config.learning_rate, weight_decay=config.weight_decay,
         warmup_steps=config.warmup, lr_scheduler_type=config.scheduler, seed=config.seed, data_seed=config.seed,
         bf16=config.bf16, use_cpu=device == "cpu",
         eval_strategy=every, save_strategy=every, logging_strategy=every,
@@ -195,15 +219,24 @@ def make_trainer(
     callbacks: list[Any] = [Recorder(bench.task.id, run, progress)]
     if config.patience is not None:
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=config.patience))
-    lengths = [bench.preparer.length(example) for example in examples] if config.by_length else []
     trainer = TaskTrainer(
-        sampler=ByLength(lengths, config.batch_size * config.accumulation, config.seed) if lengths else None,
+        sampler=_sampler(config, examples, bench), guard=guard_for(model, Path(config.masks)) if config.masks else None,
         bench=bench, dtype="bfloat16" if config.bf16 else "float32", model=model, args=args,
         train_dataset=examples, eval_dataset=list(examples[:1]), data_collator=bench.preparer.collate,
-        compute_loss_func=loss(bench.task.kind == "regression"), callbacks=callbacks,
+        compute_loss_func=loss(bench.task.kind), callbacks=callbacks,
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _sampler(config: FinetuneConfig, examples: Sequence[dict[str, Any]], bench: Bench) -> Sampler[int] | None:
+    """The order of the rows, where it is not plainly by chance."""
+    if config.order == "sequential":
+        return SequentialSampler(examples)
+    if not config.by_length or not examples:
+        return None
+    lengths = [bench.preparer.length(example) for example in examples]
+    return ByLength(lengths, config.batch_size * config.accumulation, config.seed)
 
 
 def last_checkpoint(folder: Path) -> str | None:

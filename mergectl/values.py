@@ -59,7 +59,9 @@ def resolve(setting: Setting, value: Any, tasks: Sequence[str] | None) -> Any:
 
 
 def one(setting: Setting, value: Any) -> Any:
-    """Check a single value and return it as a plain float, int, bool or word."""
+    """Check a single value and return it as a plain float, int, bool or word; None where that is the default."""
+    if value is None and setting.default is None:
+        return None
     if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:  # a NumPy or torch scalar
         short = "float32" in str(value.dtype) or "float16" in str(value.dtype)
         value = float(f"{value.item():.7g}") if short else value.item()

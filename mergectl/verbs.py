@@ -14,6 +14,7 @@ from mergectl.errors import UserError
 from mergectl.families import Family, open_family
 from mergectl.lab import Lab, versions
 from mergectl.merge import MergeJob, checked, described
+from mergectl.stacking import parts_of
 
 if TYPE_CHECKING:
     from mergectl.benchmarks._contract import Task, Use
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from mergectl.store import Run
 
 Result = dict[str, Any]
+REFS = ("ref", "layers", "model", "tokens")  # of a model in a record: where it lies, and what its digest says
 
 
 def merge_models(lab: Lab, job: MergeJob, out: Path, *, force: bool = False, reuse: bool = False) -> Result:
@@ -37,36 +39,39 @@ def merge_models(lab: Lab, job: MergeJob, out: Path, *, force: bool = False, reu
     spare_inputs(family, out)
     for note in family.population.notes:
         lab.terminal.say(f"note: {note}")
-    lab.torch_device()
+    device = lab.merge_device()
     with lab.start("merge", config, seed=recipe.seed, name=out.name) as run:
         record_inputs(run, family)
         run.note("given", dict(job.recipe.settings))
         with lab.terminal.progress(f"Merging {len(family.experts)} experts by {recipe.method}") as progress:
             facts = {"run": run.id, "versions": versions()}
             job = replace(job, recipe=recipe)
-            digest = merge(job, family, out, facts=facts, force=force or reuse, progress=progress)
+            digest = merge(job, family, out, facts=facts, force=force or reuse, progress=progress, device=device)
         record_model(run, out, digest)
     return {"run": run.id, "out": str(out), "digest": digest, "again": False}
 
 
 def spare_inputs(family: Family, out: Path) -> None:
     """Refuse to put a merge in the place of one of the models it is made from, whatever `--force` says."""
-    for model in (family.base, *family.experts.values()):
-        if model.folder.resolve() == out.resolve():
+    models = (family.base, *family.experts.values())
+    for part in [part for model in models for part in parts_of(model)]:
+        if part.folder.resolve() == out.resolve():
             raise UserError(f"{out} is one of the models to merge; the result would replace it. Choose another -o.")
 
 
 def merge_config(job: MergeJob, family: Family, recipe: Any) -> dict[str, Any]:
     """What decides a merge: recipe and content of the inputs, not where they lie."""
-    inputs = [{k: v for k, v in row.items() if k != "ref"} for row in family.inputs]
+    inputs = [{k: v for k, v in row.items() if k not in REFS} for row in family.inputs]
     output = {"dtype": job.dtype, "export": job.export, "shard_bytes": job.shard_bytes}
     return {**described(recipe), **output, "inputs": inputs, "version": __version__}
 
 
 def record_inputs(run: Run, family: Family) -> None:
-    """Note the base and the experts as inputs of a run."""
-    for row in family.inputs:
-        run.input(row["role"], row["ref"], row["digest"], task=row["task"])
+    """Note the base and the experts as inputs of a run; of a stack of layers, the models that it is made of."""
+    models = [*([family.base] if family.has_base else []), *family.experts.values()]
+    for row, model in zip(family.inputs, models, strict=True):
+        for place, part in enumerate(parts_of(model)):
+            run.input("layers" if place else row["role"], part.ref, part.digest, task=row["task"])
 
 
 def record_model(run: Run, folder: Path, digest: str) -> None:
@@ -85,17 +90,21 @@ def evaluate_model(
     limit: int | None = None,
     batch_size: int = 64,
     dtype: str = "float32",
+    answer_metric: str = "rank",
+    show: int = 0,
     reuse: bool = False,
 ) -> Result:
     """Score a model on tasks, with heads of its own or borrowed; record every metric."""
-    from mergectl.evaluate import evaluate
+    from mergectl.evaluate import check_answers, evaluate
     from mergectl.heads import own_tasks_of
 
     model = open_checkpoint(ref, lab.find_run)
     by_task = _borrowed(lab, heads)
     tasks = lab.tasks(words or list(by_task) or own_tasks_of(model))
     check_split(tasks, split)
+    check_answers(answer_metric, show, tasks)
     config = _eval_config(lab, model, tasks, by_task, split, limit, dtype)
+    config |= {} if answer_metric == "rank" else {"answer_metric": answer_metric}
     if reuse and (done := lab.done("eval", config)):
         return {"run": done["run_id"], "again": True}
     with lab.start("eval", config, name=f"{model.label}@{split}") as run:
@@ -106,8 +115,10 @@ def evaluate_model(
             found = evaluate(
                 model, tasks, split=split, data=lab.data, batch_size=batch_size, limit=limit,
                 device=lab.torch_device(), dtype=dtype, heads=by_task, progress=progress, seed=lab.seed,
+                answer_metric=answer_metric, show=show,
             )  # fmt: skip
-        record_scores(run, found, split if limit is None else f"{split}:{limit}")
+        parts = [split, *([] if limit is None else [limit]), *([] if answer_metric == "rank" else [answer_metric])]
+        record_scores(run, found, ":".join(map(str, parts)))
     return {"run": run.id, "model": model.ref, "split": split, "evaluation": found, "again": False}
 
 
@@ -191,14 +202,17 @@ def finetune_experts(
     *,
     force: bool = False,
     reuse: bool = False,
+    again: bool = False,
+    suffix: str = "",
 ) -> list[Result]:
-    """Fine-tune one expert per task into `out/<task>`."""
+    """Fine-tune one expert per task into `out/<task><suffix>`; `again`: not those that finished runs left there."""
     from mergectl.families import short_names
 
     tasks = lab.tasks(words)
-    folders = [out / short for short in short_names([task.id for task in tasks])]
+    folders = [out / f"{short}{suffix}" for short in short_names([task.id for task in tasks])]
     return [
-        _finetune(lab, task, base, folder, options, force, reuse) for task, folder in zip(tasks, folders, strict=True)
+        _finetune(lab, task, base, folder, options, force or reuse, reuse or again)
+        for task, folder in zip(tasks, folders, strict=True)
     ]
 
 
@@ -224,10 +238,10 @@ def _finetune(
     }
     if reuse and (done := lab.done("finetune", config, out=out)):
         return {"run": done["run_id"], "task": task.id, "out": str(out), "again": True}
-    artefacts.check_free(out, force or reuse)
+    artefacts.check_free(out, force)
     with lab.start("finetune", config, name=out.name) as run:
         run.input("base", source.ref, source.weights.digest if source.weights is not None else None)
         with lab.terminal.progress(f"Fine-tuning {task.id}") as progress:
-            result = finetune(settings, out, data=lab.data, run=run, progress=progress, force=force or reuse, task=task)
+            result = finetune(settings, out, data=lab.data, run=run, progress=progress, force=force, task=task)
         record_model(run, out, open_checkpoint(out).digest)
     return {"run": run.id, "task": task.id, "out": str(out), "again": False, **result}

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergectl.checkpoints import Checkpoint
+from mergectl.tokens import TOKENS, token_dim
 
 if TYPE_CHECKING:
     import torch
 
-# Input embeddings and language-model heads: the weights with one row per token.
-TOKENS = re.compile(
-    r"(^|\.)(word_embeddings?|embed_tokens|tok_embeddings|token_embeddings?|wte|shared|embed_in|embed_out|lm_head"
-    r"|lm_head\.decoder|generator_lm_head|vocab_projector|predictions|predictions\.decoder|final_logits_bias"
-    r"|(?<!\w)embeddings)(\.(weight|bias))?$"
-)
+__all__ = ["TOKENS", "Grown", "Renamed", "grown"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +41,7 @@ def grown(name: str, base: tuple[int, ...], experts: Mapping[str, tuple[int, ...
     Rows that not all models have come from the expert with most of them, and where no expert has them, from the base.
     """
     shapes = [base, *experts.values()]
-    dim = 1 if len(base) == 2 and base[0] == 1 else 0
+    dim = token_dim(base)
     others = {(*shape[:dim], *shape[dim + 1 :]) for shape in shapes}
     if not TOKENS.search(name) or not base or {len(shape) for shape in shapes} != {len(base)} or len(others) != 1:
         return None
@@ -94,6 +89,10 @@ class Renamed(Mapping[str, "torch.Tensor"]):
     def rows(self, name: str, start: int, end: int) -> torch.Tensor:
         """Some rows of a weight in `grown`."""
         return self.source[self.own_name[name]].narrow(self.grown[name].dim, start, end - start)
+
+    def __contains__(self, name: object) -> bool:
+        """Say whether there is such a weight, without reading it."""
+        return name in self.own_name
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.own_name)

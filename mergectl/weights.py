@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergectl.digests import sha256
+from mergectl.digests import blake3
 from mergectl.errors import UserError
 from mergectl.headers import TORCH_TO_WORD, WORD_TO_TORCH, Entry, read_header
 
@@ -55,6 +55,10 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._file_of[name].read(name)
 
+    def __contains__(self, name: object) -> bool:
+        """Say whether there is such a weight, without reading it."""
+        return name in self._file_of
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._file_of)
 
@@ -82,14 +86,14 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of everything that decides what the model computes: weights, heads, masks, config."""
+        """Digest of everything that decides what the model computes: weights, heads, masks, config."""
         sha = hashlib.sha256()
         beside = (self.folder / name for name in ("config.json", "unified.safetensors"))
         parts = [*self._files, *beside, *sorted((self.folder / "tasks").glob("*/*"))]
         for path in parts:
             if path.is_file():
                 sha.update(path.name.encode())
-                sha.update(sha256(path))
+                sha.update(blake3(path))
         return sha.hexdigest()
 
     @property

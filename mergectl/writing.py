@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+import threading
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +22,7 @@ from mergectl.views import Renamed
 if TYPE_CHECKING:
     import torch
 
-    from mergectl.merging import Stream
+    from mergectl.merging import Piece, Stream
 
 
 @dataclass(frozen=True)
@@ -46,12 +49,16 @@ def write_shared(family: Family, stream: Stream, folder: Path, form: Form, progr
     artefacts.check_space(folder, _needed(family, stream, shapes, dtypes))
     repeats = {of: [own for own, source in population.tied.items() if source == of] for of in population.tied.values()}
     with ModelWriter(folder, shapes, dtypes, form.shard_bytes) as writer, _Kept(folder, family) as kept:
-        for done, piece in enumerate(stream, 1):
-            weight = _whole(family, piece.name, piece.weight)
+
+        def put(piece: Piece) -> None:
             for own in (names[piece.name], *repeats.get(piece.name, ())):
-                writer.write(own, weight)
-            kept.add(piece.name, piece.delta, piece.masks)
-            progress(done, len(names), piece.name)
+                writer.write(own, piece.weight, piece.start)
+                if piece.last:
+                    _write_rows(family, piece.name, partial(writer.write, own))
+            kept.add(piece)
+
+        for done, name in enumerate(stream.run(put), 1):
+            progress(done, len(names), name)
         for own in (name for name in population.carried if name in shapes):
             writer.write(own, base[own])
     for task in family.experts:
@@ -70,17 +77,16 @@ def _whole_shapes(family: Family) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _whole(family: Family, name: str, weight: torch.Tensor) -> torch.Tensor:
-    """A merged weight with the rows that only some models have put back."""
-    import torch
-
+def _write_rows(family: Family, name: str, write: Callable[[torch.Tensor, int], None]) -> None:
+    """Put the rows that only some models have behind the merged ones; all dimensions before the rows' are 1."""
     population = family.population
     rows = population.base.grown.get(name)
     if rows is None:
-        return weight
-    owners = [(population.base if task is None else population.experts[task]) for task, _, _ in rows.parts]
-    kept = [owner.rows(name, *part[1:]).to(weight) for owner, part in zip(owners, rows.parts, strict=True)]
-    return torch.cat([weight, *kept], rows.dim)
+        return
+    for task, start, end in rows.parts:
+        owner = population.base if task is None else population.experts[task]
+        kept = owner.rows(name, start, end)
+        write(kept, start * (kept.numel() // max(end - start, 1)))
 
 
 def _needed(family: Family, stream: Stream, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str]) -> int:
@@ -144,34 +150,44 @@ class _Kept:
 
     def __init__(self, folder: Path, family: Family) -> None:
         self.folder, self.family = folder, family
-        self.shapes = _whole_shapes(family)
+        shapes = _whole_shapes(family)
+        self.shapes_of = {name: shapes[own] for name, own in family.population.base.own_name.items()}
+        self._lock = threading.Lock()
         self.writers: list[SafetensorsWriter] = []
 
-    def add(self, name: str, delta: torch.Tensor | None, masks: torch.Tensor | None) -> None:
-        """Write one weight's unified task vector and masks; nothing is kept in rows that are not merged."""
-        if delta is None or masks is None:
+    def add(self, piece: Piece) -> None:
+        """Write the unified task vector and the masks of a weight, or of a block of one."""
+        if piece.delta is None or piece.masks is None:
             return
-        if not self.writers:
-            self._open()
-        rows = self.family.population.base.grown.get(name)
-        if rows is not None:
-            delta = _padded(delta, rows.dim, rows.total)
-            masks = _padded(masks, rows.dim + 1, rows.total)
-        self.writers[0].write(name, delta)
-        for writer, mask in zip(self.writers[1:], masks, strict=True):
-            writer.write(name, pack_bits(mask))
+        with self._lock:
+            if not self.writers:
+                self._open()
+        self.writers[0].write(piece.name, piece.delta, piece.start)
+        for writer, mask in zip(self.writers[1:], piece.masks, strict=True):
+            writer.write(piece.name, pack_bits(mask), piece.start // 8)
+        rows = self.family.population.base.grown.get(piece.name)
+        if piece.last and rows is not None:
+            self._fill(piece.name, math.prod(rows.cut(self.shapes_of[piece.name])))
+
+    def _fill(self, name: str, merged: int) -> None:
+        """Nothing is kept in rows that are not merged."""
+        import torch
+
+        rest = math.prod(self.shapes_of[name]) - merged
+        self.writers[0].write(name, torch.zeros(rest), merged)
+        start = packed_size((merged,))
+        for writer in self.writers[1:]:
+            writer.write(name, torch.zeros(packed_size(self.shapes_of[name]) - start, dtype=torch.uint8), start)
 
     def _open(self) -> None:
-        view = self.family.population.base
-        shapes = {name: self.shapes[own] for name, own in view.own_name.items()}
+        shapes = self.shapes_of
         packed = {name: (packed_size(shape),) for name, shape in shapes.items()}
-        self.writers.append(
-            SafetensorsWriter(self.folder / "unified.safetensors", shapes, dict.fromkeys(shapes, "F32"))
-        )
+        writers = [SafetensorsWriter(self.folder / "unified.safetensors", shapes, dict.fromkeys(shapes, "F32"))]
         for task in self.family.experts:
             path = self.folder / "tasks" / task / "masks.safetensors"
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.writers.append(SafetensorsWriter(path, packed, dict.fromkeys(packed, "U8")))
+            writers.append(SafetensorsWriter(path, packed, dict.fromkeys(packed, "U8")))
+        self.writers = writers
 
     def __enter__(self) -> _Kept:
         return self
@@ -179,14 +195,6 @@ class _Kept:
     def __exit__(self, *error: Any) -> None:
         for writer in self.writers:
             writer.__exit__(*error)
-
-
-def _padded(x: torch.Tensor, dim: int, rows: int) -> torch.Tensor:
-    """Zeros (False) in the rows behind the merged ones."""
-    import torch
-
-    missing = [*x.shape[:dim], rows - x.shape[dim], *x.shape[dim + 1 :]]
-    return torch.cat([x, x.new_zeros(missing)], dim)
 
 
 def _write_head(family: Family, task: str, folder: Path, rescaler: float | None) -> None:
@@ -217,34 +225,37 @@ def write_one_task(task: str, family: Family, stream: Stream, folder: Path, form
     copies = family.population.copies.get(task, {})
     dtypes = form.dtypes(expert, shapes, [*view.own_name.values(), *copies])
     artefacts.check_space(folder, sum(bytes_of(shape, dtypes[name]) for name, shape in shapes.items()))
-    masked, rest = {}, set(expert.names)
+    rest = set(expert.names)
+    owns = {name: [own, *(copy for copy, of in copies.items() if of == name)] for name, own in view.own_name.items()}
+    if stream.info.extra_bits:  # the rescalers are known only at the end, so the merge is made twice
+        for _ in stream.run(lambda piece: None):
+            pass
     with ModelWriter(folder, shapes, dtypes, form.shard_bytes) as writer:
 
-        def put(name: str, weight: torch.Tensor) -> None:
-            for own in (view.own_name[name], *(copy for copy, of in copies.items() if of == name)):
-                writer.write(own, _as_in(view, name, weight))
-                rest.remove(own)
+        def put(piece: Piece) -> None:
+            weight = piece.weight
+            if piece.masks is not None and piece.delta is not None:
+                factor = (stream.rescalers or {})[task]
+                weight = weight.sub(piece.delta).add_(piece.delta * piece.masks[index], alpha=factor)
+            for own in owns[piece.name]:
+                writer.write(own, weight, piece.start)
+                if piece.last:
+                    _write_own_rows(view, piece.name, partial(writer.write, own))
 
-        for done, piece in enumerate(stream, 1):
-            if piece.masks is None or piece.delta is None:
-                put(piece.name, piece.weight)
-            else:  # the rescaler is known only after the last weight
-                masked[piece.name] = (piece.weight - piece.delta, piece.delta * piece.masks[index])
-            progress(done, len(shapes), piece.name)
-        for name, (start, delta) in masked.items():
-            put(name, start + (stream.rescalers or {})[task] * delta)
+        for done, name in enumerate(stream.run(put), 1):
+            rest.difference_update(owns[name])
+            progress(done, len(shapes), name)
         for own in sorted(rest):
             writer.write(own, expert[own])
     artefacts.write_json(folder / "config.json", typed(expert.config, form.dtype))
     artefacts.carry_files(folder, expert.folder)
 
 
-def _as_in(view: Renamed, name: str, weight: torch.Tensor) -> torch.Tensor:
-    """A merged weight with the rows of its own that an expert has behind the common ones."""
-    import torch
-
+def _write_own_rows(view: Renamed, name: str, write: Callable[[torch.Tensor, int], None]) -> None:
+    """Put the rows that an expert has behind the common ones."""
     rows = view.grown.get(name)
     if rows is None:
-        return weight
+        return
     end = view.source.shape(view.own_name[name])[rows.dim]
-    return torch.cat([weight, view.rows(name, rows.common, end).to(weight)], rows.dim)
+    kept = view.rows(name, rows.common, end)
+    write(kept, rows.common * (kept.numel() // max(end - rows.common, 1)))

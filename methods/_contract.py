@@ -31,6 +31,7 @@ SUPPLIES = {
     "signs": "signs elected elsewhere: {weight: sign}",
     "grams": "second moments of the inputs of linear layers, per task",
     "fishers": "diagonal Fisher information, per task",
+    "copies": "how often the model uses each tied weight: {weight: number}; a weight not named is used once",
     "entropy": "mean prediction entropy on unlabelled inputs, differentiable",
 }
 

@@ -5,25 +5,20 @@ Sums over a weight run in NumPy in float64, so that they do not depend on the nu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, TypeAlias
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
 
 from mergectl.methods import _kernels
 
+if TYPE_CHECKING:
+    from mergectl.methods._task_vectors import TaskVectors
+
 Array: TypeAlias = "np.ndarray[Any, Any]"
-
-
-def flat(x: torch.Tensor) -> Array:
-    """Return one weight as a row of float64 numbers."""
-    return x.detach().cpu().double().reshape(-1).numpy()
-
-
-def like(row: Array, x: torch.Tensor) -> torch.Tensor:
-    """Return a row of numbers in the shape, type and place of a weight."""
-    return torch.from_numpy(np.ascontiguousarray(row)).reshape(x.shape).to(x)
 
 
 def norm(row: Array) -> Array:
@@ -32,23 +27,32 @@ def norm(row: Array) -> Array:
     return length
 
 
-def unit(row: Array) -> Array:
-    """Return each vector along the last axis at length 1; a zero vector stays zero."""
-    length = norm(row)
-    result: Array = row / np.where(length > 0, length, 1.0)
+def cosines(products: Array) -> Array:
+    """Return the cosines of all pairs of vectors from their inner products; a zero vector has cosine 0 with all."""
+    lengths = np.sqrt(np.diag(products))
+    unit = np.where(lengths > 0, 1 / np.where(lengths > 0, lengths, 1.0), 0.0)
+    result: Array = products * unit[:, None] * unit[None, :]
     return result
 
 
-def arc(a: Array, b: Array, t: float) -> Array:
-    """Return the point at share t of the arc from a to b along the last axis, of the line where they are parallel."""
-    cosine = (unit(a) * unit(b)).sum(-1, keepdims=True).clip(-1, 1)
+def arc(dot: Array, a: Array, b: Array, t: float) -> tuple[Array, Array]:
+    """Return the factors of two vectors for the point at share t of the arc between them, of the line if parallel.
+
+    Taken from their inner product and their lengths.
+    """
+    lengths = a * b
+    cosine = (dot / np.where(lengths > 0, lengths, 1.0)).clip(-1, 1)
     angle = np.arccos(cosine)
-    parallel = (np.sin(angle) < 1e-8) | (norm(a) == 0) | (norm(b) == 0)
+    parallel = (np.sin(angle) < 1e-8) | (lengths == 0)
     sine = np.where(parallel, 1.0, np.sin(angle))
     from_a = np.where(parallel, 1 - t, np.sin((1 - t) * angle) / sine)
     from_b = np.where(parallel, t, np.sin(t * angle) / sine)
-    result: Array = from_a * a + from_b * b
-    return result
+    return from_a, from_b
+
+
+def combine(factors: Sequence[float], name: str, x: torch.Tensor) -> torch.Tensor:
+    """Return the sum over tasks of factor times row: what `TaskVectors.each` calls with the first argument bound."""
+    return _kernels.weighted_total(x, factors)
 
 
 def shares(weights: Sequence[float]) -> list[float] | None:
@@ -57,22 +61,49 @@ def shares(weights: Sequence[float]) -> list[float] | None:
     return None if abs(whole) < 1e-8 else [weight / whole for weight in weights]
 
 
-def keep_ranks(x: torch.Tensor, skip: int, count: int) -> torch.Tensor:
-    """Keep `count` entries after the `skip` largest in magnitude, zero the rest; of equal ones the earlier count first.
+@dataclass(frozen=True)
+class Edge:
+    """A magnitude at which a window of ranks begins or ends: how many are larger, and who equals it how often."""
 
-    Two selections find the magnitudes at both ends; only what equals one of them is counted by place.
-    """
-    magnitudes = np.abs(x.detach().cpu().float().reshape(-1).numpy())
-    size = len(magnitudes)
-    if count <= 0 or skip + count > size:
-        return torch.zeros_like(x) if count <= 0 else keep_ranks(x, size - min(count, size), min(count, size))
-    ends = np.partition(magnitudes, sorted({size - skip - count, size - skip - 1}))
-    floor, ceiling = ends[size - skip - count], ends[size - skip - 1]
-    kept = (magnitudes > floor) & (magnitudes < ceiling)
-    for edge in {float(floor), float(ceiling)}:
-        places, above = np.flatnonzero(magnitudes == edge), int(np.count_nonzero(magnitudes > edge))
-        kept[places[max(skip - above, 0) : max(skip + count - above, 0)]] = True
-    return torch.where(torch.from_numpy(kept).to(x.device).reshape(x.shape), x, 0)
+    value: float
+    above: int
+    before: Mapping[str, int]  # entries that equal it in the weight's earlier blocks
+
+
+def edges(part: TaskVectors, skips: Sequence[int], counts: Sequence[int]) -> list[list[Edge]]:
+    """Return for each task the smallest and the largest magnitude of a weight's `count` entries after `skip`."""
+    ends = [[skip + count for skip, count in zip(skips, counts, strict=True)], [skip + 1 for skip in skips]]
+    values = part.map(lambda name, x: x.abs()).kth_largest(ends)
+    pairs = [sorted({values[0][task], values[1][task]}) for task in range(len(part.tasks))]
+
+    def count(rows: Array) -> list[list[tuple[int, int]]]:
+        sizes = np.abs(rows)
+        return [
+            [(int(np.count_nonzero(s > v)), int(np.count_nonzero(s == v))) for v in wanted]
+            for s, wanted in zip(sizes, pairs, strict=True)
+        ]
+
+    found = part.gather(count)
+    result = []
+    for task, wanted in enumerate(pairs):
+        of_task = []
+        for place, value in enumerate(wanted):
+            equal = [unit[task][place][1] for unit in found]
+            before = dict(zip(part, itertools.accumulate(equal, initial=0), strict=False))
+            of_task.append(Edge(value, sum(unit[task][place][0] for unit in found), before))
+        result.append(of_task)
+    return result
+
+
+def within(name: str, row: torch.Tensor, ends: Sequence[Edge], skip: int, count: int) -> torch.Tensor:
+    """Keep the `count` entries after the `skip` largest; of equal ones the earlier count first."""
+    sizes = np.abs(row.detach().cpu().float().reshape(-1).numpy())
+    kept = (sizes > ends[0].value) & (sizes < ends[-1].value)
+    for edge in ends:
+        first = skip - edge.above - edge.before[name]
+        places = np.flatnonzero(sizes == edge.value)
+        kept[places[max(first, 0) : max(first + count, 0)]] = True
+    return row * torch.from_numpy(kept).to(row).reshape(row.shape)
 
 
 def ranks(x: torch.Tensor) -> torch.Tensor:
@@ -82,19 +113,26 @@ def ranks(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(order).scatter_(-1, order, places)
 
 
-def to_mass(kept: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Scale what was kept of a weight to the weight's own sum of magnitudes."""
-    before, after = float(np.abs(flat(x)).sum()), float(np.abs(flat(kept)).sum())
-    return kept * (before / after) if before > 0 and after > 0 else kept
+def to_mass(rest: TaskVectors, whole: TaskVectors) -> TaskVectors:
+    """Scale what is left of each weight to the weight's own sum of magnitudes."""
+    ratios: dict[str, list[float]] = {}
+    for part in whole.by_weight():
+        pairs = zip(part.sums(_magnitudes), rest.only(part).sums(_magnitudes), strict=True)
+        found = [before / after if before > 0 and after > 0 else 1.0 for before, after in pairs]
+        ratios.update(dict.fromkeys(part, found))
+    return rest.map(lambda name, x: x * _kernels.column(ratios[name], x))
+
+
+def _magnitudes(task: int, x: Array) -> Array:
+    return np.abs(x)
 
 
 def weighted_agreeing_mean(x: torch.Tensor, weights: Sequence[float], sign: torch.Tensor | None) -> torch.Tensor:
     """Return the sum of weighted entries that agree with the sign, divided by the sum of their weights."""
-    sums = torch.zeros(x.shape[1:], dtype=torch.float64, device=x.device)
-    votes = torch.zeros_like(sums)
+    sums, votes = torch.zeros_like(x[0]), torch.zeros_like(x[0])
     for row, weight in zip(x, weights, strict=True):
         part = _kernels.agreeing(row, sign)
         sums += part
-        votes += (part != 0) * weight
-    signed = sums if sign is None else sums * sign
-    return (signed / torch.where(votes == 0, 1.0, votes)).to(x.dtype)
+        votes.add_(_kernels.nonzero(part), alpha=weight)
+    signed = sums if sign is None else sums.mul_(sign)
+    return signed.div_(votes.add_(1 - _kernels.nonzero(votes)))  # divided by 1 where nobody votes

@@ -1,4 +1,7 @@
-"""Task vectors read one weight at a time, with figures of the whole model that stream too."""
+"""Task vectors read one weight at a time, with figures of the whole model that stream too.
+
+A name stands for a weight, or for a block of one where the method said that blocks are enough (its fact BLOCKS).
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,13 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-Array: TypeAlias = "np.ndarray[Any, Any]"
-Weigh: TypeAlias = "Callable[[Array], Array]"
+from mergectl.methods import _order
 
+Array: TypeAlias = "np.ndarray[Any, Any]"
+
+_CHUNK = 1 << 17  # elements summed at once: a sum is the same whether weights come whole or in blocks
+_TOGETHER = 1 << 22  # elements per task that are looked at together, for the order of their magnitudes
 _SAMPLED = 1 << 18  # elements per task that a sample has at least
-_BLOCK = 1 << 18  # elements counted at once: their temporaries stay small, and near the processor
 
 
 class TaskVectors(Mapping[str, "torch.Tensor"]):
@@ -24,6 +29,8 @@ class TaskVectors(Mapping[str, "torch.Tensor"]):
     [2.0, 0.5]
     >>> x.map(lambda name, w: 10 * w)["w"][0].tolist()
     [10.0, -40.0, 20.0]
+    >>> [(name, w.tolist()) for name, w in x.each(lambda name, w: w.sum(0))]
+    [('w', [1.0, -3.5, 1.5])]
     """
 
     def __init__(
@@ -31,16 +38,19 @@ class TaskVectors(Mapping[str, "torch.Tensor"]):
         tasks: Sequence[str],
         shapes: Mapping[str, Sequence[int]],
         read: Callable[[str], torch.Tensor],
-        sizes: Mapping[str, int] | None = None,
+        *,
+        wholes: Mapping[str, tuple[str, int]] | None = None,
+        spread: Callable[..., Iterable[Any]] = map,
+        finish: Callable[[str, Any], Any] | None = None,
     ) -> None:
         """Take the tasks in order, the shape of every weight, and a function that reads one weight.
 
-        `sizes` is the number of elements of each weight where a name stands for a block of it.
+        From the lab: `wholes`, the weight and its number of elements for each name that stands for a block; `spread`,
+        a `map` that works in several threads; `finish`, what becomes of a result at once, in the thread it was made in.
         """
         self.tasks = tuple(tasks)
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
-        self._read = read
-        self.sizes = sizes or {name: math.prod(shape) for name, shape in self.shapes.items()}
+        self._read, self._wholes, self._spread, self._finish = read, wholes or {}, spread, finish
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """Read one weight."""
@@ -53,7 +63,7 @@ class TaskVectors(Mapping[str, "torch.Tensor"]):
         return iter(self.shapes)
 
     def __len__(self) -> int:
-        """Return the number of weights."""
+        """Return the number of names."""
         return len(self.shapes)
 
     def __contains__(self, name: object) -> bool:
@@ -65,25 +75,89 @@ class TaskVectors(Mapping[str, "torch.Tensor"]):
         """The number of elements of one task, over all weights."""
         return sum(math.prod(shape) for shape in self.shapes.values())
 
+    def weight_of(self, name: str) -> tuple[str, int]:
+        """Return the name and the number of elements of the whole weight that a name belongs to."""
+        return self._wholes.get(name) or (name, math.prod(self.shapes[name]))
+
+    def _with(self, shapes: Mapping[str, Sequence[int]], read: Callable[[str], torch.Tensor]) -> TaskVectors:
+        return TaskVectors(
+            self.tasks, shapes, read, wholes=self._wholes, spread=self._spread, finish=self._finish
+        )  # fmt: skip
+
     def only(self, names: Iterable[str]) -> TaskVectors:
         """Return the same vectors restricted to some weights."""
-        return TaskVectors(self.tasks, {name: self.shapes[name] for name in names}, self._read, self.sizes)
+        return self._with({name: self.shapes[name] for name in names}, self._read)
+
+    def by_weight(self) -> Iterator[TaskVectors]:
+        """Go through the weights: each as vectors of its own, in its blocks."""
+        units: dict[str, list[str]] = {}
+        for name in self:
+            units.setdefault(self.weight_of(name)[0], []).append(name)
+        return (self.only(names) for names in units.values())
 
     def map(self, change: Callable[[str, torch.Tensor], torch.Tensor]) -> TaskVectors:
         """Return vectors changed weight by weight as they are read."""
-        return TaskVectors(self.tasks, self.shapes, lambda name: change(name, self._read(name)), self.sizes)
+        return self._with(self.shapes, lambda name: change(name, self._read(name)))
+
+    def reading(self, read: Callable[[str], torch.Tensor], tasks: Sequence[str] | None = None) -> TaskVectors:
+        """Return vectors of the same names and shapes that are read otherwise."""
+        found = self._with(self.shapes, read)
+        found.tasks = self.tasks if tasks is None else tuple(tasks)
+        return found
+
+    def row(self, function: Callable[[str, torch.Tensor], torch.Tensor]) -> TaskVectors:
+        """Return vectors of a single row, which a function makes of every weight's rows."""
+        return self.reading(lambda name: function(name, self._read(name))[None], ("all",))
+
+    def each(self, function: Callable[[str, torch.Tensor], Any]) -> Iterator[Any]:
+        """Yield every name, in order, with what `function(name, x)` gives (a tuple: with all that is in it).
+
+        Several threads work at once: the function may read what is outside it, but changes nothing there.
+        """
+
+        def work(name: str) -> Any:
+            result = function(name, self._read(name))
+            return result if self._finish is None else self._finish(name, result)
+
+        names = list(self)
+        for name, result in zip(names, self._spread(work, names), strict=True):
+            yield (name, *result) if isinstance(result, tuple) else (name, result)
+
+    def gather(self, function: Callable[[Array], Any]) -> list[Any]:
+        """Return what a function says of every weight's flat float32 numbers [task, elements], in order."""
+        return list(self._spread(lambda name: function(self._flat(name)), list(self)))
+
+    def _flat(self, name: str) -> Array:
+        rows: Array = self._read(name).detach().cpu().float().reshape(len(self.tasks), -1).numpy()
+        return rows
 
     def sums(self, term: Callable[[int, Array], Array]) -> list[float]:
         """Return for each task the sum over all elements of `term(task number, elements in float64)`."""
-        parts: list[list[float]] = [[] for _ in self.tasks]
-        for rows in self._rows():
-            for task, row in enumerate(rows):
-                parts[task] += [float(term(task, block.astype(np.float64)).sum()) for block in _blocks(row)]
-        return [math.fsum(part) for part in parts]  # exactly rounded, so the order of weights does not matter
+
+        def parts(rows: Array) -> list[list[float]]:
+            return [[float(term(t, part.astype(np.float64)).sum()) for part in chunks(r)] for t, r in enumerate(rows)]
+
+        found = self.gather(parts)  # fsum is exactly rounded, so the order of weights does not matter
+        return [math.fsum(x for unit in found for x in unit[task]) for task in range(len(self.tasks))]
 
     def square_norms(self) -> list[float]:
         """Return each task's squared norm over all weights."""
         return self.sums(lambda task, x: x * x)
+
+    def products(self) -> Array:
+        """Return the inner products of all pairs of tasks over all weights, [task, task] in float64."""
+        count = len(self.tasks)
+        pairs = [(i, j) for i in range(count) for j in range(i, count)]
+
+        def parts(rows: Array) -> list[list[float]]:
+            wide = [part.astype(np.float64) for part in chunks(rows)]
+            return [[float((part[i] * part[j]).sum()) for part in wide] for i, j in pairs]
+
+        found = self.gather(parts)
+        result = np.zeros((count, count))
+        for place, (i, j) in enumerate(pairs):
+            result[i, j] = result[j, i] = math.fsum(x for unit in found for x in unit[place])
+        return result
 
     def means_and_deviations(self) -> tuple[list[float], list[float]]:
         """Return each task's mean and (unbiased) standard deviation over all elements."""
@@ -92,112 +166,83 @@ class TaskVectors(Mapping[str, "torch.Tensor"]):
         return means, [math.sqrt(square / max(self.numel - 1, 1)) for square in squares]
 
     def kth_magnitude(self, ranks: Sequence[int]) -> list[float]:
-        """Return each task's k-th largest magnitude over all weights, exactly; infinity for k = 0.
+        """Return each task's k-th largest magnitude over all weights, exactly; infinity for k = 0."""
+        found = self.map(lambda name, x: x.abs()).kth_largest([ranks])[0]
+        return [max(value, 0.0) for value in found]
 
-        A sample says between which bounds it must lie; one pass counts what is above them and collects what is
-        between. Where a bound was wrong, two passes count the float32 bit patterns by their halves instead.
+    def kth_largest(self, ranks: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Return for each list of ranks (one per task) each task's k-th largest entry over all weights, exactly.
+
+        The first is k = 1; k = 0 gives infinity, and k beyond the last entry minus infinity. A sample says between
+        which bounds an entry must lie; one pass counts what is above them and collects what is between. Where a bound
+        was wrong, two passes count the bit patterns by their halves instead.
         """
-        if len(self) == 1:
-            rows = next(self._rows())
-            return [_kth_largest(np.abs(row), rank) for row, rank in zip(rows, ranks, strict=True)]
-        found = self._between(ranks, self._bounds(ranks)) if self.numel > _SAMPLED else [None] * len(self.tasks)
-        if any(value is None for value in found):
-            exact = self._magnitudes([float(rank) for rank in ranks], None)
-            return [value if known is None else known for known, value in zip(found, exact, strict=True)]
-        return [value for value in found if value is not None]
+        if self.numel <= _TOGETHER:
+            return self._kth_together(ranks)
+        bounds = self._bounds(ranks)
+        counts = self.gather(lambda rows: [_order.count_between(row, bounds[t]) for t, row in enumerate(rows)])
+        found = [[math.nan] * len(self.tasks) for _ in ranks]
+        for place, wanted in enumerate(ranks):
+            for task, rank in enumerate(wanted):
+                parts = [unit[task][place] for unit in counts]
+                found[place][task] = _order.kth_between(parts, rank, self.numel)
+        for place in (place for place, values in enumerate(found) if any(math.isnan(value) for value in values)):
+            exact = self._reach([float(rank) for rank in ranks[place]], None)
+            pairs = zip(found[place], exact, strict=True)
+            found[place] = [value if math.isnan(known) else known for known, value in pairs]
+        return found
 
-    def _bounds(self, ranks: Sequence[int]) -> list[tuple[float, float]]:
-        """Return per task bounds that hold its k-th largest magnitude almost surely: ten deviations of a sample."""
+    def _kth_together(self, ranks: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Find them among all entries, one task after the other."""
+        rows: Array = np.empty((len(self.tasks), self.numel), dtype=np.float32)
+        ends = np.cumsum([math.prod(shape) for shape in self.shapes.values()])
+        starts = dict(zip(self, (int(end) for end in [0, *ends[:-1]]), strict=True)) if len(self) else {}
+
+        def fill(name: str) -> None:
+            part = self._flat(name)
+            rows[:, starts[name] : starts[name] + part.shape[1]] = part
+
+        for _ in self._spread(fill, list(self)):
+            pass
+        tasks = range(len(self.tasks))
+        found = list(self._spread(lambda t: _order.kth_of(rows[t], [wanted[t] for wanted in ranks]), tasks))
+        return [[found[task][place] for task in tasks] for place in range(len(ranks))]
+
+    def _bounds(self, ranks: Sequence[Sequence[int]]) -> list[list[tuple[float, float]]]:
+        """Return per task, for each of its ranks, bounds that hold that entry almost surely."""
         some = self.only(list(self)[:: max(1, min(4, len(self) // 16))])
         step = max(1, some.numel // _SAMPLED)
-        parts = [[np.abs(row[place % step :: step]) for row in rows] for place, rows in enumerate(some._rows())]
-        bounds = []
-        for task, rank in enumerate(ranks):
-            sample = np.sort(np.concatenate([part[task] for part in parts]))
-            share = rank / self.numel
-            margin = 10 * math.sqrt(len(sample) * share * max(1 - share, 0)) + 8
-            place = len(sample) * (1 - share)
-            low, high = int(place - margin), int(place + margin)
-            bounds.append((
-                float(sample[low]) if low >= 0 else 0.0,
-                float(sample[high]) if high < len(sample) else math.inf,
-            ))  # fmt: skip
-        return bounds
-
-    def _between(self, ranks: Sequence[int], bounds: Sequence[tuple[float, float]]) -> list[float | None]:
-        """Return per task the k-th largest magnitude if it lies within the bounds."""
-        above = [0] * len(self.tasks)
-        kept: list[list[Array]] = [[] for _ in self.tasks]
-        for rows in self._rows():
-            for task, (row, (low, high)) in enumerate(zip(rows, bounds, strict=True)):
-                for block in _blocks(row):
-                    size = np.abs(block)
-                    over = size > high
-                    above[task] += int(np.count_nonzero(over))
-                    kept[task].append(size[np.flatnonzero((size >= low) ^ over)])
-        found: list[float | None] = []
-        for rank, larger, parts in zip(ranks, above, kept, strict=True):
-            between = np.concatenate(parts)
-            inside = 0 < rank - larger <= len(between)
-            found.append(_kth_largest(between, rank - larger) if inside else math.inf if rank <= 0 else None)
-        return found
+        parts = some.gather(lambda rows: rows[:, ::step].copy())
+        samples = [np.sort(np.concatenate([part[task] for part in parts])) for task in range(len(self.tasks))]
+        return [
+            [_order.bounds(sample, wanted[task], self.numel) for wanted in ranks] for task, sample in enumerate(samples)
+        ]
 
     def energy_magnitude(self, shares: Sequence[float]) -> list[float]:
         """Return each task's largest magnitude down to which its elements hold a share of its squared norm."""
         norms = self.square_norms()
         # The slack keeps a share that is met exactly from being missed by the rounding of the sums.
         targets = [n * s * (1 - 1e-13) if s < 1 else math.inf for s, n in zip(shares, norms, strict=True)]
-        return self._magnitudes(targets, np.square)
+        return self.map(lambda name, x: x.abs())._reach(targets, np.square)
 
-    def _magnitudes(self, targets: list[float], weigh: Weigh | None) -> list[float]:
-        """Return per task the magnitude at which elements that large weigh the target together (or number it)."""
-        upper = self._histogram(weigh)
-        found = [_reach(row, target) for row, target in zip(upper, targets, strict=True)]
+    def _reach(self, targets: Sequence[float], weigh: Callable[[Array], Array] | None) -> list[float]:
+        """Return per task the entry from which on the larger ones weigh the target together (or number it)."""
+        upper = self._histogram(weigh, None)
+        found = [_order.reach(row, target) for row, target in zip(upper, targets, strict=True)]
         lower = self._histogram(weigh, [bucket for bucket, _ in found])
-        bits = [(bucket << 16) + _reach(row, rest)[0] for (bucket, rest), row in zip(found, lower, strict=True)]
-        values = [float(np.uint32(pattern).view(np.float32)) for pattern in bits]
-        return [value if target > 0 else math.inf for value, target in zip(values, targets, strict=True)]
+        keys = [(bucket << 16) + _order.reach(row, rest)[0] for (bucket, rest), row in zip(found, lower, strict=True)]
+        return [_order.entry_of(key) if target > 0 else math.inf for key, target in zip(keys, targets, strict=True)]
 
-    def _histogram(self, weigh: Weigh | None, within: Sequence[int] | None = None) -> Array:
-        """Return per task and upper half pattern how many elements there are, or what they weigh.
-
-        With the upper half patterns to look `within`, one per task, count by the lower half instead.
-        """
+    def _histogram(self, weigh: Callable[[Array], Array] | None, within: Sequence[int] | None) -> Array:
+        """Return per task and half of a bit pattern how many entries there are, or what they weigh."""
         result = np.zeros((len(self.tasks), 1 << 16))
-        for rows in self._rows():
-            for task, row in enumerate(rows):
-                for block in _blocks(row):
-                    bits = np.abs(block).view(np.uint32)
-                    slots = bits >> 16
-                    if within is not None:
-                        bits = bits[slots == within[task]]
-                        slots = bits & 0xFFFF
-                    weights = None if weigh is None else weigh(bits.view(np.float32).astype(np.float64))
-                    result[task] += np.bincount(slots.astype(np.int64), weights, minlength=1 << 16)
+        for name in self:
+            for task, row in enumerate(self._flat(name)):
+                for part in chunks(row):
+                    result[task] += _order.histogram(part, weigh, None if within is None else within[task])
         return result
 
-    def _rows(self) -> Iterator[Array]:
-        """Read the weights one after the other as flat float32 numbers [task, elements]."""
-        for name in self:
-            yield self[name].detach().cpu().float().reshape(len(self.tasks), -1).numpy()
 
-
-def _blocks(row: Array) -> Iterator[Array]:
-    """Cut a row into blocks of bounded size."""
-    return (row[start : start + _BLOCK] for start in range(0, len(row), _BLOCK))
-
-
-def _reach(weights: Array, target: float) -> tuple[int, float]:
-    """Return the highest slot at which the weight from the top reaches the target, and what it still has to give."""
-    from_top = np.cumsum(weights[::-1])
-    place = min(int(np.searchsorted(from_top, target)), len(weights) - 1)
-    return len(weights) - 1 - place, target - (float(from_top[place - 1]) if place else 0.0)
-
-
-def _kth_largest(magnitudes: Array, rank: int) -> float:
-    """Return the k-th largest number of a row: infinity for k = 0, 0 where there are fewer."""
-    if rank <= 0:
-        return math.inf
-    if rank > len(magnitudes):
-        return 0.0
-    return float(np.partition(magnitudes, len(magnitudes) - rank)[len(magnitudes) - rank])
+def chunks(row: Array) -> Iterator[Array]:
+    """Cut the last dimension into parts of bounded size."""
+    return (row[..., start : start + _CHUNK] for start in range(0, row.shape[-1], _CHUNK))

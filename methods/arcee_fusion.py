@@ -14,6 +14,8 @@ Quartiles are those of all entries, where mergekit samples a million of them; no
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
@@ -29,6 +31,7 @@ TITLE = "Arcee Fusion"
 PAPER = "github.com/arcee-ai/mergekit"
 NEUTRAL = None  # only a part of the expert is ever taken
 EXPERTS = (1, 1)
+BLOCKS = "rows"  # some rows at a time are enough: the lab may hand over weights in such blocks
 
 _ROWS = 1 << 16  # entries compared at once, so that their float64 copies stay small
 
@@ -40,25 +43,31 @@ def merge(
     spread: Annotated[float, Between(-10.0, 10.0, search=(0.0, 3.0)), "interquartile ranges above the median"] = 1.5,
 ) -> Merged:
     """Yield for each weight the changes at or above the threshold."""
-    for name, x in task_vectors.items():
-        if x.numel() == 0:
-            yield name, x[0]
-            continue
-        scores = importance(x[0], base[name])
-        kept = scores >= threshold(scores, spread)
-        yield name, x[0].where(torch.from_numpy(kept).to(x.device).reshape(x[0].shape), 0)
+
+    def score(name: str, x: torch.Tensor) -> torch.Tensor:
+        return importance(x[0], base[name])
+
+    for part in task_vectors.by_weight():
+        floor = threshold(part.row(score), spread)
+        yield from part.each(functools.partial(kept, score, floor))
 
 
-def importance(change: torch.Tensor, base: torch.Tensor) -> Array:
+def kept(score: Callable[[str, torch.Tensor], torch.Tensor], floor: float, name: str, x: torch.Tensor) -> torch.Tensor:
+    """Return the changes whose score reaches the threshold."""
+    scores = score(name, x)
+    return x[0] * torch.ge(scores, floor, out=torch.empty_like(scores)).to(x)
+
+
+def importance(change: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
     """Return each entry's change in magnitude times the divergence of its row."""
     rows = change.detach().cpu().reshape(-1, change.shape[-1] if change.dim() else 1)
     start = base.detach().cpu().reshape(rows.shape)
+    scores = torch.empty(rows.shape, dtype=torch.float32)
     size = max(1, _ROWS // rows.shape[1])
-    scores = []
     for first in range(0, len(rows), size):
         delta, q = rows[first : first + size].double().numpy(), start[first : first + size].double().numpy()
-        scores.append((np.abs(delta) * divergence(q + delta, q)).astype(np.float32).reshape(-1))
-    return np.concatenate(scores)
+        scores[first : first + size] = torch.from_numpy(np.abs(delta) * divergence(q + delta, q))
+    return scores.reshape(change.shape)
 
 
 def divergence(p: Array, q: Array) -> Array:
@@ -75,8 +84,8 @@ def softmax(x: Array) -> Array:
     return result
 
 
-def threshold(scores: Array, spread: float) -> float:
+def threshold(scores: TaskVectors, spread: float) -> float:
     """Return the median plus so many interquartile ranges, each quartile being an entry (the lower neighbour)."""
-    places = [int(share * (len(scores) - 1)) for share in (0.25, 0.5, 0.75)]
-    low, middle, high = np.partition(scores, places)[places]
-    return float(middle + spread * (high - low))
+    places = [int(share * (scores.numel - 1)) for share in (0.25, 0.5, 0.75)]
+    low, middle, high = (found[0] for found in scores.kth_largest([[scores.numel - place] for place in places]))
+    return middle + spread * (high - low) if scores.numel else 0.0

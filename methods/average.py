@@ -49,13 +49,10 @@ def merge(
     """Yield for each weight the experts' mean, lower median or largest entry."""
     combined = weighted_mean(_kernels.per_task(weight, len(experts.tasks)), normalize, combine)
     if on == "weights":
-        for name, x in experts.items():
-            yield name, combined(x)
-        return
+        return experts.each(lambda name, x: combined(x))
     if task_vectors is None or base is None:
         raise MethodError("average with on=deltas needs the base the experts came from. Give one, or use on=weights.")
-    for name, x in task_vectors.items():
-        yield name, base[name] + combined(x)
+    return task_vectors.each(lambda name, x: base[name] + combined(x))
 
 
 def weighted_mean(weights: Sequence[float], normalize: bool, combine: str) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -67,8 +64,4 @@ def weighted_mean(weights: Sequence[float], normalize: bool, combine: str) -> Ca
     factors = _more_kernels.shares(weights) if normalize else weights
     if factors is None:
         raise MethodError("The weights of the experts add up to zero. Change them, or set normalize to false.")
-    return functools.partial(_scaled_sum, factors)
-
-
-def _scaled_sum(factors: Sequence[float], x: torch.Tensor) -> torch.Tensor:
-    return _kernels.weighted_total(x, factors).to(x.dtype)
+    return functools.partial(_kernels.weighted_total, weights=factors)

@@ -13,8 +13,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import torch
 
@@ -24,7 +25,7 @@ from mergectl.methods._contract import Between, MethodError, OneOf, PerTask, Rng
 if TYPE_CHECKING:
     from mergectl.methods._task_vectors import TaskVectors
 
-BLOCKS = {"strategy": ["random"], "rescale_to": ["expected"]}  # the settings under which weights may come in blocks
+BLOCKS = True  # a block at a time is enough: the lab may hand over weights in blocks
 TITLE = "DARE (drop and rescale)"
 PAPER = "arXiv:2311.03099"
 NEUTRAL = {"drop": 0.0}
@@ -35,20 +36,26 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def randomly(x: torch.Tensor, drop: float, generator: torch.Generator) -> torch.Tensor:
-    """Return a mask that keeps each entry with probability 1 - drop."""
-    return torch.rand(x.shape, generator=generator) >= drop
+Keep: TypeAlias = "Callable[[str, str, torch.Tensor], torch.Tensor]"  # of a task's weight: 1 where kept
 
 
-def by_magnitude(x: torch.Tensor, drop: float, generator: torch.Generator) -> torch.Tensor:
-    """Return a mask without the share `drop` of the entries that are smallest in magnitude (and their equals)."""
-    smallest = _kernels.count_share(drop, x.numel())
-    if smallest == 0:
-        return torch.ones_like(x, dtype=torch.bool)
-    return x.abs() > x.abs().reshape(-1).kthvalue(smallest).values
+def randomly(task_vectors: TaskVectors, drops: Mapping[str, float], rng: Rng) -> Keep:
+    """Keep each entry with probability 1 - drop."""
+    return lambda task, name, row: _kernels.chosen(rng(task, name), 1 - drops[task], row.shape).to(row.device)
 
 
-STRATEGIES: dict[str, Callable[[torch.Tensor, float, torch.Generator], torch.Tensor]]
+def by_magnitude(task_vectors: TaskVectors, drops: Mapping[str, float], rng: Rng) -> Keep:
+    """Drop the share of each weight's entries that are smallest in magnitude (and their equals)."""
+    floors: dict[tuple[str, str], float] = {}
+    for part in task_vectors.by_weight():
+        smallest = [_kernels.count_share(drops[task], part.numel) for task in part.tasks]
+        found = part.kth_magnitude([part.numel - count + 1 for count in smallest])
+        for task, count, floor in zip(part.tasks, smallest, found, strict=True):
+            floors.update({(task, name): floor if count else -1.0 for name in part})
+    return lambda task, name, row: torch.gt(row.abs(), floors[task, name], out=torch.empty_like(row))
+
+
+STRATEGIES: dict[str, Callable[[TaskVectors, Mapping[str, float], Rng], Keep]]
 STRATEGIES = {"random": randomly, "magnitude": by_magnitude}
 
 
@@ -65,18 +72,18 @@ def refine(
     ),
 ) -> TaskVectors:
     """Return task vectors with entries dropped; given masks are used instead of drawing any."""
-    drops = _kernels.per_task(drop, len(task_vectors.tasks))
+    drops = dict(zip(task_vectors.tasks, _kernels.per_task(drop, len(task_vectors.tasks)), strict=True))
+    keep = STRATEGIES[strategy](task_vectors, drops, rng) if masks is None else functools.partial(given, masks)
+    scales = [1 / (1 - share) if rescale else 1.0 for share in drops.values()]
 
     def drop_entries(name: str, x: torch.Tensor) -> torch.Tensor:
-        rows = []
-        for task, row, share in zip(task_vectors.tasks, x, drops, strict=True):
-            kept = STRATEGIES[strategy](row, share, rng(task, name)) if masks is None else given(masks, task, name, row)
-            rest = torch.where(kept, row, 0)
-            by_mass = rescale and rescale_to == "l1"
-            rows.append(_more_kernels.to_mass(rest, row) if by_mass else rest / (1 - share if rescale else 1.0))
-        return torch.stack(rows)
+        rows = zip(task_vectors.tasks, x, strict=True)
+        return torch.stack([row * keep(task, name, row) for task, row in rows])
 
-    return task_vectors.map(drop_entries)
+    rest = task_vectors.map(drop_entries)
+    if rescale and rescale_to == "l1":
+        return _more_kernels.to_mass(rest, task_vectors)
+    return rest.map(lambda name, x: x.mul_(_kernels.column(scales, x)))
 
 
 def given(masks: Mapping[str, Weights], task: str, name: str, row: torch.Tensor) -> torch.Tensor:
@@ -89,4 +96,4 @@ def given(masks: Mapping[str, Weights], task: str, name: str, row: torch.Tensor)
         raise MethodError(
             f"The mask of task '{task}' for '{name}' has shape {list(mask.shape)}, the weight {list(row.shape)}."
         )
-    return mask.to(row.device) != 0
+    return (mask.to(row.device) != 0).to(row.dtype)

@@ -50,14 +50,18 @@ def merge(
     rescaler: Annotated[str, OneOf(RESCALERS), "over what the size of a task vector is matched"] = "tensor_mean",
 ) -> Generator[tuple[str, torch.Tensor, torch.Tensor], None, dict[str, Any]]:
     """Yield for each weight the unified vector and the tasks' masks; return the rescalers."""
-    sizes: list[list[tuple[float, float]]] = [[] for _ in task_vectors.tasks]
-    for name, x in task_vectors.items():
-        unified, masks = elect(x)
-        share = RESCALERS[rescaler](max(task_vectors.sizes[name], 1))
-        for number, (row, mask) in enumerate(zip(x, masks, strict=True)):
-            sizes[number].append((share * size(row), share * size(mask * unified)))
-        yield name, unified, masks
-    pairs = [(math.fsum(own for own, _ in parts), math.fsum(left for _, left in parts)) for parts in sizes]
+    sizes: dict[str, list[tuple[float, float]]] = {}
+
+    def unify(name: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        unified, agreeing = elect(x)
+        share = RESCALERS[rescaler](max(task_vectors.weight_of(name)[1], 1))
+        rows = zip(x, agreeing, strict=True)
+        sizes[name] = [(share * size(row), share * size(mask * unified)) for row, mask in rows]
+        return unified, _kernels.positive(agreeing)
+
+    yield from task_vectors.each(unify)
+    tasks = range(len(task_vectors.tasks))
+    pairs = [[math.fsum(parts[task][which] for parts in sizes.values()) for which in (0, 1)] for task in tasks]
     for task, (own, left) in zip(task_vectors.tasks, pairs, strict=True):
         if own > 0 and left == 0:
             warnings.warn(
@@ -69,10 +73,15 @@ def merge(
 
 
 def elect(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the unified vector and the masks of the entries that agree with it; a mean of zero elects minus."""
-    sign = torch.where(_kernels.total(x) > 0, 1.0, -1.0).to(x.dtype)
-    masks = torch.stack([_kernels.agreeing(row, sign) > 0 for row in x])
-    return _kernels.agreeing_largest(x, sign) + 0.0, masks  # + 0.0 turns -0.0 into 0.0
+    """Return the unified vector, and 1 where a task's entries agree with it; a mean of zero elects minus."""
+    sum_ = _kernels.total(x)
+    sign = torch.gt(sum_, 0, out=sum_).mul_(2).sub_(1).to(x.dtype)
+    agreeing, largest = torch.empty_like(x), torch.zeros_like(x[0])
+    for row, mask in zip(x, agreeing, strict=True):
+        part = _kernels.agreeing(row, sign)
+        torch.maximum(largest, part, out=largest)
+        torch.gt(part, 0, out=mask)
+    return largest.mul_(sign).add_(0.0), agreeing  # + 0.0 turns -0.0 into 0.0
 
 
 def size(x: torch.Tensor) -> float:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated
 from mergectl.methods._contract import Between, Merged, Weights
 
 if TYPE_CHECKING:
+    import torch
+
     from mergectl.methods._task_vectors import TaskVectors
 
 TITLE = "Linear interpolation of base and expert (WiSE-FT)"
@@ -31,8 +33,10 @@ def merge(
     alpha: Annotated[float, Between(0.0, 1.0), "share of the expert: 0 is the base, 1 the expert"] = 0.5,
 ) -> Merged:
     """Yield for each weight the point at share alpha of the line from base to expert, exact at both ends."""
-    for name, x in experts.items():
+
+    def between(name: str, x: torch.Tensor) -> torch.Tensor:
         if alpha in (0.0, 1.0):
-            yield name, x[0] if alpha else base[name].clone()
-        else:
-            yield name, (base[name].double() * (1 - alpha) + x[0].double() * alpha).to(x.dtype)
+            return x[0] if alpha else base[name]
+        return (base[name].double() * (1 - alpha)).add_(x[0].double(), alpha=alpha).to(x.dtype)
+
+    return experts.each(between)

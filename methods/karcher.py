@@ -12,6 +12,7 @@ All experts count alike. A zero weight has no direction, but its length 0 counts
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,14 +22,13 @@ from mergectl.methods import _more_kernels
 from mergectl.methods._contract import Between, Merged
 
 if TYPE_CHECKING:
-    import torch
-
     from mergectl.methods._more_kernels import Array
     from mergectl.methods._task_vectors import TaskVectors
 
 TITLE = "Karcher mean"
 PAPER = "doi:10.1002/cpa.3160300502"
 NEUTRAL: dict[str, float] = {}
+BLOCKS = True  # a block at a time is enough: the lab may hand over weights in blocks
 
 
 def merge(
@@ -38,33 +38,45 @@ def merge(
     tol: Annotated[float, Between(0.0, 1.0, search=(1e-8, 1e-3)), "a step this short, or an angle, is the last"] = 1e-5,
 ) -> Merged:
     """Yield for each weight the mean direction at the mean length."""
-    for name, x in experts.items():
-        yield name, x[0] if len(x) == 1 or x.numel() == 0 else mean(x, max_iter, tol)
+    for part in experts.by_weight():
+        yield from part.each(functools.partial(_more_kernels.combine, mean(part.products(), max_iter, tol)))
 
 
-def mean(x: torch.Tensor, max_iter: int, tol: float) -> torch.Tensor:
-    """Return the mean of [task, *shape], starting from the plain mean of the directions."""
-    rows = [_more_kernels.flat(row) for row in x]
-    lengths = [float(_more_kernels.norm(row)[0]) for row in rows]
-    units = [row / length for row, length in zip(rows, lengths, strict=True) if length > 0]
-    if not units:
-        return x[0]
-    middle = np.sum(units, axis=0)
-    middle = _more_kernels.unit(middle) if float(_more_kernels.norm(middle)[0]) > tol else units[0]
+def mean(products: Array, max_iter: int, tol: float) -> list[float]:
+    """Return each task's factor in the mean, which lies in their span: the mean direction at the mean length.
+
+    All angles follow from the inner products; the search starts from the plain mean of the directions.
+    """
+    lengths = np.sqrt(np.diag(products))
+    there = [task for task, length in enumerate(lengths) if length > 0]
+    if not there or len(lengths) == 1:
+        return [1.0, *[0.0] * (len(lengths) - 1)]
+    cosines = _more_kernels.cosines(products)[np.ix_(there, there)]
+
+    def size(x: Array) -> float:
+        return math.sqrt(max(float(x @ cosines @ x), 0.0))
+
+    middle = np.ones(len(there))
+    middle = middle / size(middle) if size(middle) > tol else np.eye(len(there))[0]
     for _ in range(max_iter):
-        step = np.sum([towards(middle, one, tol) for one in units], axis=0) / len(units)
-        length = float(_more_kernels.norm(step)[0])
+        steps = [towards(middle, one, float((cosines @ middle)[one]), tol) for one in range(len(there))]
+        step = np.sum(steps, axis=0) / len(there)
+        length = size(step)
         if length <= tol:
             break
-        middle = _more_kernels.unit(math.cos(length) * middle + math.sin(length) / length * step)
-    return _more_kernels.like(middle * (sum(lengths) / len(lengths)), x[0])
+        middle = math.cos(length) * middle + math.sin(length) / length * step
+        middle = middle / size(middle)
+    factors = np.zeros(len(lengths))
+    factors[there] = middle * lengths.mean() / lengths[there]
+    return [float(factor) for factor in factors]
 
 
-def towards(middle: Array, one: Array, tol: float) -> Array:
+def towards(middle: Array, one: int, cosine: float, tol: float) -> Array:
     """Return the step along the sphere from the middle to one direction, as long as the angle between them."""
-    cosine = float((middle * one).sum().clip(-1, 1))
+    cosine = min(max(cosine, -1.0), 1.0)
     angle = math.acos(cosine)
     if angle <= tol or math.sin(angle) == 0:
         return np.zeros_like(middle)
-    step: Array = angle / math.sin(angle) * (one - cosine * middle)
-    return step
+    step: Array = -cosine * middle
+    step[one] += 1
+    return step * (angle / math.sin(angle))

@@ -2,13 +2,13 @@
 
 >>> from mergectl import merge_weights
 >>> import torch
->>> base, expert = {"w": torch.zeros(200, 3)}, {"w": torch.tensor([[1.0, -2.0, 3.0]]).repeat(200, 1)}
+>>> base, expert = {"w": torch.zeros(2000, 3)}, {"w": torch.tensor([[1.0, -2.0, 3.0]]).repeat(2000, 1)}
 >>> # magnitudes ranked within each row are kept with probabilities 0.25, 0.5, 0.75, and then divided by them
 >>> w = merge_weights("della_linear", base, {"a": expert}, keep=0.5, epsilon=0.25, scale=1.0)["w"]
 >>> [sorted(set(column)) for column in w.T.tolist()]
 [[0.0, 4.0], [-4.0, 0.0], [0.0, 4.0]]
->>> [round(float(share), 1) for share in (w != 0).float().mean(0)]
-[0.2, 0.5, 0.8]
+>>> [round(20 * float(share)) / 20 for share in (w != 0).float().mean(0)]
+[0.25, 0.5, 0.75]
 
 mergekit calls `keep` density. A tensor of one dimension is one row; the only entry of a row is kept by `keep`.
 """
@@ -25,6 +25,7 @@ from mergectl.methods._contract import Between, MethodError, OneOf, PerTask, Rng
 if TYPE_CHECKING:
     from mergectl.methods._task_vectors import TaskVectors
 
+BLOCKS = "rows"  # some rows at a time are enough: the lab may hand over weights in such blocks
 TITLE = "DELLA-Merging"
 PAPER = "arXiv:2406.11617"
 NEUTRAL = {"keep": 1.0}
@@ -59,11 +60,12 @@ def refine(
                 rows.append(row * share)
                 continue
             odds = probabilities(row, share, width)
-            kept = torch.where(torch.rand(row.shape, generator=rng(task, name)) >= 1 - odds, row, 0)
-            rows.append(RESCALE[rescale_to](kept, row, odds) if rescale else kept)
+            kept = _kernels.chosen(rng(task, name), odds.cpu(), row.shape).to(row).mul_(row)
+            rows.append((kept / odds).to(row.dtype) if rescale and rescale_to == "expected" else kept)
         return torch.stack(rows)
 
-    return task_vectors.map(drop_entries)
+    rest = task_vectors.map(drop_entries)
+    return _more_kernels.to_mass(rest, task_vectors) if rescale and rescale_to == "l1" else rest
 
 
 def probabilities(x: torch.Tensor, keep: float, epsilon: float) -> torch.Tensor:
@@ -72,16 +74,3 @@ def probabilities(x: torch.Tensor, keep: float, epsilon: float) -> torch.Tensor:
     if length == 1:
         return torch.full(x.shape, keep, dtype=torch.float64)
     return keep - epsilon + 2 * epsilon / (length - 1) * _more_kernels.ranks(x).double()
-
-
-def expected(kept: torch.Tensor, row: torch.Tensor, odds: torch.Tensor) -> torch.Tensor:
-    """Divide what was kept by its probability, which keeps the expected value."""
-    return (kept / odds).to(kept.dtype)
-
-
-def same_mass(kept: torch.Tensor, row: torch.Tensor, odds: torch.Tensor) -> torch.Tensor:
-    """Scale what was kept to the weight's own sum of magnitudes."""
-    return _more_kernels.to_mass(kept, row)
-
-
-RESCALE = {"expected": expected, "l1": same_mass}

@@ -31,5 +31,4 @@ def merge(
     scale: Annotated[float, Between(-10.0, 10.0, search=(0.3, 2.5)), "scaling coefficient of the merged vector"] = 1.0,
 ) -> Merged:
     """Yield for each weight the mean of the entries that agree with the elected sign."""
-    for name, x in task_vectors.items():
-        yield name, scale * _kernels.agreeing_mean(x, _kernels.elect_by_mass(x))
+    return task_vectors.each(lambda name, x: scale * _kernels.agreeing_mean(x, _kernels.elect_by_mass(x)))

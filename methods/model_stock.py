@@ -14,7 +14,9 @@ taken, or with mean=angles the cosine of the mean angle. A task vector of length
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
 from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
@@ -31,6 +33,7 @@ TITLE = "Model Stock"
 PAPER = "arXiv:2403.19522"
 NEUTRAL: dict[str, float] = {}
 EXPERTS = (2, None)
+BLOCKS = {"filter_wise": {False: "elements", True: "rows"}}  # a block of elements, or of rows, is enough
 
 
 def mean_cosine(cosines: Array) -> Array:
@@ -56,23 +59,28 @@ def merge(
     clamp: Annotated[bool, "keep the ratio between 0 (base) and 1 (mean) where angles are obtuse"] = True,
 ) -> Merged:
     """Yield for each weight the mean task vector times a ratio found from the angles."""
-    for name, x in task_vectors.items():
-        if x.numel() == 0:
-            yield name, x[0]
-            continue
-        groups = x.shape[1] if filter_wise and x.dim() > 2 else 1
-        t = ratio(cosines(x.reshape(len(x), groups, -1)), len(x), mean)
-        total = _kernels.total(x).div_(len(x)).reshape(groups, -1)
-        yield (
-            name,
-            (total * torch.from_numpy(t.clip(0, 1) if clamp else t).to(x.device)).to(x.dtype).reshape(x.shape[1:]),
-        )
+    limit = (0.0, 1.0) if clamp else (-math.inf, math.inf)
+    for part in task_vectors.by_weight():
+        if filter_wise:
+            yield from part.each(lambda name, x: by_filter(x, mean, limit))
+        else:
+            t = float(ratio(_pairs(_more_kernels.cosines(part.products())), len(part.tasks), mean).clip(*limit))
+            yield from part.each(functools.partial(_more_kernels.combine, [t / len(part.tasks)] * len(part.tasks)))
 
 
-def cosines(x: torch.Tensor) -> Array:
-    """Return [pair, group, 1] of [task, group, entries]: the cosine of every pair of tasks."""
-    units = [_more_kernels.unit(row.cpu().double().numpy()) for row in x]
-    return np.stack([(a * b).sum(-1, keepdims=True) for a, b in itertools.combinations(units, 2)])
+def by_filter(x: torch.Tensor, mean: str, limit: tuple[float, float]) -> torch.Tensor:
+    """Return the mean task vector with each output row times its own ratio; one ratio for a weight without rows."""
+    rows = x.reshape(len(x), x.shape[1] if x.dim() > 2 else 1, -1)
+    wide = rows.cpu().double().numpy()
+    products = np.einsum("irk,jrk->rij", wide, wide)
+    pairs = np.stack([_pairs(_more_kernels.cosines(one)) for one in products], axis=1)
+    t = torch.from_numpy(ratio(pairs, len(x), mean).clip(*limit)).to(x).reshape(-1, 1)
+    return (_kernels.mean(rows) * t).reshape(x.shape[1:])
+
+
+def _pairs(cosines: Array) -> Array:
+    """Return the cosine of every pair of tasks."""
+    return np.array([cosines[i, j] for i, j in itertools.combinations(range(len(cosines)), 2)])
 
 
 def ratio(pairs: Array, tasks: int, mean: str) -> Array:

@@ -16,6 +16,8 @@ Directions that cancel out have no mean: then the weighted mean of the weights t
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,11 +29,13 @@ from mergectl.methods._contract import Between, Merged, MethodError, OneOf, PerT
 if TYPE_CHECKING:
     import torch
 
+    from mergectl.methods._more_kernels import Array
     from mergectl.methods._task_vectors import TaskVectors
 
 TITLE = "Multi-SLERP"
 PAPER = "goddard.blog/posts/multislerp-wow-what-a-cool-idea"
 NEUTRAL: dict[str, bool] = {"normalize": True}
+BLOCKS = True  # a block at a time is enough: the lab may hand over weights in blocks
 
 
 def merge(
@@ -48,24 +52,30 @@ def merge(
     weights = _more_kernels.shares(given) if normalize else given
     if weights is None:
         raise MethodError("The weights of the experts add up to zero. Change them, or set normalize to false.")
-    if on == "weights":
-        for name, x in experts.items():
-            yield name, blended(x, weights)
-    elif task_vectors is None or base is None:
+    if on == "deltas" and (task_vectors is None or base is None):
         raise MethodError(
             "multislerp with on=deltas needs the base the experts came from. Give one, or use on=weights."
         )
-    else:
-        for name, x in task_vectors.items():
-            yield name, base[name] + blended(x, weights)
+    vectors = experts if on == "weights" or task_vectors is None else task_vectors
+    for part in vectors.by_weight():
+        factors = blended(part.products(), weights)
+        if on == "weights" or base is None:
+            yield from part.each(functools.partial(_more_kernels.combine, factors))
+        else:
+            yield from part.each(functools.partial(on_base, base, factors))
 
 
-def blended(x: torch.Tensor, weights: Sequence[float]) -> torch.Tensor:
-    """Return the weighted mean direction of [task, *shape], at the weighted mean length."""
-    rows = [_more_kernels.flat(row) for row in x]
-    mean = np.sum([w * _more_kernels.unit(row) for w, row in zip(weights, rows, strict=True)], axis=0)
-    length = float(_more_kernels.norm(mean)[0])
+def on_base(base: Weights, factors: Sequence[float], name: str, x: torch.Tensor) -> torch.Tensor:
+    """Return the base plus the combined task vectors."""
+    return base[name] + _kernels.weighted_total(x, factors)
+
+
+def blended(products: Array, weights: Sequence[float]) -> list[float]:
+    """Return each task's factor in the weighted mean direction at the weighted mean length."""
+    lengths = np.sqrt(np.diag(products))
+    w = np.asarray(weights, dtype=np.float64)
+    length = math.sqrt(max(float(w @ _more_kernels.cosines(products) @ w), 0.0))
     if length < 1e-8:
-        return _kernels.weighted_total(x, weights).to(x.dtype)
-    size = sum(w * float(_more_kernels.norm(row)[0]) for w, row in zip(weights, rows, strict=True))
-    return _more_kernels.like(mean * (size / length), x[0])
+        return list(weights)
+    factors = w * float(w @ lengths) / length
+    return [float(f / size) if size > 0 else 0.0 for f, size in zip(factors, lengths, strict=True)]

@@ -31,5 +31,4 @@ def merge(
     t: Annotated[float, Between(0.0, 10.0, search=(1e-5, 0.1)), "largest change of an entry"] = 1e-4,
 ) -> Merged:
     """Yield for each weight the task vector with its entries cut off at t."""
-    for name, x in task_vectors.items():
-        yield name, x[0].clamp(-t, t)
+    return task_vectors.each(lambda name, x: x[0].clamp(-t, t))

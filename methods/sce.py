@@ -18,21 +18,21 @@ much as the last one; and energies count by their ratio however small they are.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
+import torch
 
 from mergectl.methods import _kernels, _more_kernels
 from mergectl.methods._contract import Between, Merged
 
 if TYPE_CHECKING:
-    import torch
-
     from mergectl.methods._task_vectors import TaskVectors
 
 TITLE = "SCE (select, calculate, erase)"
 PAPER = "arXiv:2408.07990"
 NEUTRAL = {"density": 1.0}
+BLOCKS = True  # a block at a time is enough: the lab may hand over weights in blocks
 
 
 def merge(
@@ -41,29 +41,28 @@ def merge(
     density: Annotated[float, Between(0.0, 1.0, search=(0.05, 1.0)), "share of each weight's entries selected"] = 1.0,
 ) -> Merged:
     """Yield for each weight the mean of agreeing entries, each task weighted by its mean square."""
-    for name, x in task_vectors.items():
-        chosen = x if density >= 1 or x.numel() == 0 else select(x, density)
-        energies = [float(np.square(_more_kernels.flat(row)).sum()) for row in chosen]
+    for part in task_vectors.by_weight():
+        chosen = part if density >= 1 else select(part, density)
+        energies = chosen.square_norms()
         largest = max(energies) or 1.0
-        weights = [energy / largest for energy in energies]
-        sign = _kernels.elect_by_mass(chosen)
-        sign = sign.where(sign != 0, 1.0)  # a drawn vote counts as +
-        yield name, weighted(chosen, weights, sign)
+        yield from chosen.each(functools.partial(weighted, [energy / largest for energy in energies]))
 
 
-def select(x: torch.Tensor, density: float) -> torch.Tensor:
+def select(part: TaskVectors, density: float) -> TaskVectors:
     """Zero all but the share of entries with the largest variance over the tasks."""
-    centre = _kernels.total(x) / len(x)
-    variance = _kernels.total((x - centre) ** 2)
-    count = max(1, _kernels.count_share(density, variance.numel())) if density > 0 else 0
-    if count == 0:
-        return x * 0
-    row = _more_kernels.flat(variance)
-    floor = float(np.partition(row, len(row) - count)[len(row) - count])
-    return x.where(variance >= floor, 0)
+    count = max(1, _kernels.count_share(density, part.numel)) if density > 0 else 0
+    floor = part.row(lambda name, x: variance(x)).kth_largest([[count]])[0][0]
+    return part.map(lambda name, x: x * torch.ge(variance(x), floor, out=torch.empty_like(x[0])))
 
 
-def weighted(x: torch.Tensor, weights: list[float], sign: torch.Tensor) -> torch.Tensor:
-    """Return the weighted mean of the entries that have the sign."""
-    spread = x * _kernels.column(weights, x)
-    return _more_kernels.weighted_agreeing_mean(spread, weights, sign)
+def variance(x: torch.Tensor) -> torch.Tensor:
+    """Return the sum of squared distances from the mean over tasks."""
+    centre = _kernels.total(x).div_(len(x))
+    return _kernels.total((x - centre).square_()).to(x.dtype)
+
+
+def weighted(weights: list[float], name: str, x: torch.Tensor) -> torch.Tensor:
+    """Return the weighted mean of the entries that have the elected sign; a drawn vote counts as +."""
+    sign = _kernels.elect_by_mass(x)
+    sign += 1 - sign.abs()
+    return _more_kernels.weighted_agreeing_mean(x * _kernels.column(weights, x), weights, sign)

@@ -10,20 +10,22 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import TYPE_CHECKING, Annotated
 
+from mergectl.methods import _more_kernels
 from mergectl.methods._contract import Between, Merged
 
 if TYPE_CHECKING:
-    import torch
-
+    from mergectl.methods._more_kernels import Array
     from mergectl.methods._task_vectors import TaskVectors
 
 TITLE = "Spherical linear interpolation (SLERP)"
 PAPER = "doi:10.1145/325165.325242"
 NEUTRAL: dict[str, float] = {}
 EXPERTS = (2, 2)
+BLOCKS = True  # a block at a time is enough: the lab may hand over weights in blocks
 
 
 def merge(
@@ -32,17 +34,18 @@ def merge(
     t: Annotated[float, Between(0.0, 1.0), "place between the first expert (0) and the second (1)"] = 0.5,
 ) -> Merged:
     """Yield for each weight the point at share t of the arc from the first expert to the second."""
-    for name, x in experts.items():
-        yield name, x[round(t)] if t in (0.0, 1.0) else arc(x[0], x[1], t)
+    for part in experts.by_weight():
+        if t in (0.0, 1.0):
+            yield from part.each(lambda name, x: x[round(t)])
+        else:
+            yield from part.each(functools.partial(_more_kernels.combine, arc(part.products(), t)))
 
 
-def arc(a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
-    """Return the point on the arc from a to b; on the straight line where the angle is too small to divide by."""
-    p, q = a.double().cpu().numpy(), b.double().cpu().numpy()  # numpy sums do not depend on the number of threads
-    norms = math.sqrt((p * p).sum()), math.sqrt((q * q).sum())
-    cosine = float((p * q).sum()) / (norms[0] * norms[1]) if min(norms) >= 1e-8 else 1.0
+def arc(products: Array, t: float) -> list[float]:
+    """Return the factors of both ends; those of the straight line where the angle is too small to divide by."""
+    norms = math.sqrt(products[0, 0]), math.sqrt(products[1, 1])
+    cosine = float(products[0, 1]) / (norms[0] * norms[1]) if min(norms) >= 1e-8 else 1.0
     if abs(cosine) > 0.9995:
-        return a.lerp(b, t)
+        return [1 - t, t]
     angle = math.acos(cosine)
-    from_a, from_b = math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
-    return (a.double() * from_a + b.double() * from_b).to(a.dtype)
+    return [math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)]

@@ -23,6 +23,7 @@ from mergectl.methods._contract import Between, PerTask
 if TYPE_CHECKING:
     from mergectl.methods._task_vectors import TaskVectors
 
+BLOCKS = True  # a block at a time is enough: the lab may hand over weights in blocks
 TITLE = "Model Breadcrumbs"
 PAPER = "arXiv:2312.06795"
 NEUTRAL = {"keep": 1.0}
@@ -42,12 +43,17 @@ def refine(
     """Return task vectors that keep a middle range of magnitudes in every weight."""
     tasks = len(task_vectors.tasks)
     keeps, gammas = _kernels.per_task(keep, tasks), _kernels.per_task(gamma, tasks)
+    windows: dict[str, tuple[list[int], list[int], list[list[_more_kernels.Edge]]]] = {}
+    for part in task_vectors.by_weight():
+        d = part.numel
+        counts = [min(d, max(1, _kernels.count_share(share, d))) if share > 0 else 0 for share in keeps]
+        skips = [min(_kernels.count_share(top, d), d - count) for top, count in zip(gammas, counts, strict=True)]
+        windows.update(dict.fromkeys(part, (skips, counts, _more_kernels.edges(part, skips, counts))))
 
-    def middle(row: torch.Tensor, share: float, top: float) -> torch.Tensor:
-        count = max(1, _kernels.count_share(share, row.numel())) if share > 0 else 0
-        kept = _more_kernels.keep_ranks(row, min(_kernels.count_share(top, row.numel()), row.numel() - count), count)
-        return _more_kernels.to_mass(kept, row) if rescale else kept
+    def middle(name: str, x: torch.Tensor) -> torch.Tensor:
+        skips, counts, ends = windows[name]
+        rows = [_more_kernels.within(name, *one) for one in zip(x, ends, skips, counts, strict=True)]
+        return torch.stack(rows)
 
-    return task_vectors.map(
-        lambda name, x: torch.stack([middle(*one) for one in zip(x, keeps, gammas, strict=True)]) if x.numel() else x
-    )
+    rest = task_vectors.map(middle)
+    return _more_kernels.to_mass(rest, task_vectors) if rescale else rest

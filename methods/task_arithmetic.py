@@ -34,5 +34,4 @@ def merge(
 ) -> Merged:
     """Yield for each weight the scaled sum of the task vectors."""
     scales = _kernels.per_task(scale, len(task_vectors.tasks))
-    for name, x in task_vectors.items():
-        yield name, _kernels.weighted_total(x, scales).to(x.dtype)
+    return task_vectors.each(lambda name, x: _kernels.weighted_total(x, scales))

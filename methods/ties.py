@@ -31,7 +31,7 @@ from mergectl.methods._contract import Between, Merged, MethodError, OneOf, PerT
 if TYPE_CHECKING:
     from mergectl.methods._task_vectors import TaskVectors
 
-BLOCKS = {"scope": ["model"], "compat": [False]}  # the settings under which weights may come in blocks
+BLOCKS = {"compat": [False]}  # the settings under which weights may come in blocks
 TITLE = "TIES-Merging"
 PAPER = "arXiv:2306.01708"
 NEUTRAL = {"trim": "none", "scale": 1.0}
@@ -139,11 +139,16 @@ def merge(
     tasks = len(task_vectors.tasks)
     how = Trimming(_kernels.per_task(density, tasks), threshold, scope == "tensor", round_up, compat, exact)
     weights = None if weight == 1.0 else _kernels.per_task(weight, tasks)
-    for part in [task_vectors.only([name]) for name in task_vectors] if how.by_tensor else [task_vectors]:
+
+    def agreed(part: TaskVectors) -> Merged:
         trimmed = weighed(TRIM[trim](part, how), weights)
         sign_of = elected(trimmed, elect, zero_sign, signs)
-        for name, x in trimmed.items():
-            yield name, scale * combined(x, combine, None if sign_of is None else sign_of(name, x), weights)
+        return trimmed.each(
+            lambda name, x: scale * combined(x, combine, None if sign_of is None else sign_of(name, x), weights)
+        )
+
+    for part in task_vectors.by_weight() if how.by_tensor else [task_vectors]:
+        yield from agreed(part)
 
 
 def weighed(trimmed: TaskVectors, weights: list[float] | None) -> TaskVectors:
@@ -162,7 +167,7 @@ def elected(
     def raw(name: str, x: torch.Tensor) -> torch.Tensor:
         return vote(x) if vote is not None else given(signs or {}, name, x)
 
-    @functools.cache
+    @_kernels.once
     def majority() -> int:
         balance = sum(_kernels.majority(raw(name, x)) for name, x in trimmed.items())
         return (balance > 0) - (balance < 0)
@@ -170,9 +175,8 @@ def elected(
     def sign_of(name: str, x: torch.Tensor) -> torch.Tensor:
         sign = raw(name, x)
         # Where nothing is left the sign does not matter, so the pass over the model is made only for a real draw.
-        if zero_sign == "majority" and bool(((sign == 0) & _kernels.any_left(x)).any()):
-            sign = torch.where(sign == 0, float(majority()), sign)
-        return torch.where(sign == 0, 1.0, sign) if zero_sign == "plus" else sign
+        instead = 1 if zero_sign == "plus" else majority() if zero_sign == "majority" and _kernels.drawn(sign, x) else 0
+        return sign.add_(1 - sign.abs(), alpha=instead) if instead else sign
 
     return sign_of
 

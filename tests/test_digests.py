@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
 
+import blake3 as library
 import pytest
 
 from mergectl import digests
@@ -14,21 +14,21 @@ from mergectl import digests
 def test_a_large_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "big"
     path.write_bytes(os.urandom(digests.LARGE))
-    first = digests.sha256(path)
-    assert first == hashlib.sha256(path.read_bytes()).digest()
+    first = digests.blake3(path)
+    assert first == library.blake3(path.read_bytes()).digest()
     monkeypatch.setattr(digests, "_read", lambda path: b"read again")
-    assert digests.sha256(path) == first
+    assert digests.blake3(path) == first
 
 
 @pytest.mark.parametrize("keep_time", [True, False])
 def test_a_changed_file_is_read_again(tmp_path: Path, keep_time: bool) -> None:
     path = tmp_path / "big"
     path.write_bytes(b"a" * digests.LARGE)
-    before, facts = digests.sha256(path), path.stat()
+    before, facts = digests.blake3(path), path.stat()
     path.write_bytes(b"b" * digests.LARGE)
     if keep_time:
         os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
-    assert digests.sha256(path) != before
+    assert digests.blake3(path) != before
 
 
 def test_a_cache_that_cannot_be_written_costs_nothing_but_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,4 +36,4 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_time(tmp_path: Path, m
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     path = tmp_path / "big"
     path.write_bytes(b"a" * digests.LARGE)
-    assert digests.sha256(path) == hashlib.sha256(path.read_bytes()).digest()
+    assert digests.blake3(path) == library.blake3(path.read_bytes()).digest()

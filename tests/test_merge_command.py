@@ -255,3 +255,8 @@ def test_blocks_read_from_files_are_the_weights(cli: Cli, population: Path, monk
     monkeypatch.setattr("mergectl.blocks.LENGTH", 60)
     assert cli("merge", "ties", *words, "-o", "parts") == 0
     assert Path("parts/model.safetensors").read_bytes() == Path("whole/model.safetensors").read_bytes()
+
+
+def test_an_option_before_the_method_is_not_passed_over(cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli("merge", "--push", "me/model", "ties", "--experts", "a", "b", "-o", "m") == 2
+    assert "Give --push behind the method: mergectl merge ties" in capsys.readouterr().err

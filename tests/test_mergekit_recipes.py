@@ -291,7 +291,7 @@ def test_every_method_of_mergekit_that_we_share_is_read() -> None:
     assert set(METHODS) == {
         "linear", "slerp", "nuslerp", "multislerp", "task_arithmetic", "ties", "dare_ties", "dare_linear",
         "breadcrumbs", "breadcrumbs_ties", "della", "della_linear", "model_stock", "sce", "karcher",
-        "arcee_fusion", "nearswap",
+        "arcee_fusion", "nearswap", "passthrough",
     }  # fmt: skip
 
 
@@ -316,10 +316,12 @@ def test_ties_with_rescale_trims_and_rescales_first() -> None:
 MODELS = "models:\n  - model: a\n    parameters: {weight: 1}\n  - model: c\n    parameters: {weight: 1}\n"
 WRONG = {
     "merge_method: tiess\nmodels: [{model: a}]\n": "line 1: there is no merge_method 'tiess'. Did you mean 'ties'?",
-    "merge_method: passthrough\nslices: []\n": "line 1: merge_method passthrough is not read: it stacks layers",
+    "merge_method: passthrough\nslices: []\n": "line 2: 'slices' must be a list with at least one entry",
+    f"merge_method: passthrough\n{MODELS}": "line 4: unknown parameter 'weight' in passthrough.",
+    "merge_method: passthrough\nmodels: [{model: a}, {model: c}]\n": "takes exactly 1 expert, got 2.",
     f"merge_method: ties\nbase_modle: b\n{MODELS}": "line 2: unknown key 'base_modle'. Did you mean 'base_model'?",
     f"merge_method: ties\n{MODELS}": "line 1: ties needs a base_model.",
-    f"merge_method: linear\n{MODELS}tokenizer_source: union\n": "line 7: tokenizer_source 'union' is not read, only",
+    f"merge_method: linear\n{MODELS}tokenizer_source: onion\n": "line 7: tokenizer_source 'onion' is not read, only",
     f"merge_method: linear\n{MODELS}tokenizer: {{source: base}}\n": "line 7: 'tokenizer' is not read",
     f"merge_method: linear\n{MODELS}dtype: float61\n": "line 7: dtype must be one of",
     f"merge_method: linear\n{MODELS}parameters:\n  normalise: true\n": (
@@ -355,10 +357,33 @@ WRONG = {
     "merge_method: linear\nmodels: [{model: a+lora, parameters: {weight: 1}}]\n": "line 2: 'a+lora': a model with an",
     "merge_method: linear\nmodels: []\n": "line 2: 'models' must be a list with at least one entry",
     "merge_method: linear\n": "line 1: a recipe lists its inputs either as 'models' or as 'slices'.",
-    "merge_method: slerp\nslices:\n  - sources: [{model: a, layer_range: [8, 16]}]\n": (
-        "line 3: layer_range [8, 16] is no whole model"
+    "merge_method: slerp\nslices:\n  - sources: [{model: a, layer_range: [8, 8]}]\n": (
+        "line 3: layer_range is the first layer, from 0, and that after the last, got [8, 8]."
     ),
-    "merge_method: slerp\nslices:\n  - sources: [{model: a}]\n  - sources: [{model: a}]\n": "line 4: more than one",
+    "merge_method: slerp\nslices:\n  - sources: [{model: a, layer_range: [0, 1.5]}]\n": (
+        "line 3: layer_range is the first layer"
+    ),
+    "merge_method: slerp\nslices:\n  - sources: [{model: a, layer_range: [0, 2]}]\n  - sources: [{model: a}]\n": (
+        "line 4: 'a' needs a layer_range, as the recipe has several slices."
+    ),
+    "merge_method: slerp\nbase_model: a\nslices:\n  - sources: [{model: c, layer_range: [0, 2]}]\n": (
+        "line 4: base_model is one of the two models of slerp: list it in every slice."
+    ),
+    "merge_method: linear\nslices:\n  - sources: [{model: a}]\n    base_model: c\n": (
+        "line 4: 'base_model' of a slice is not read: all slices have the base_model at the top."
+    ),
+    "merge_method: linear\nslices:\n  - sources: [{model: a}]\n    residual_weight: 0.5\n": (
+        "line 4: 'residual_weight' of a slice is not read"
+    ),
+    "merge_method: linear\nslices:\n  - sources: [{model: a}]\n    layer_range: [0, 2]\n": (
+        "line 4: unknown key 'layer_range'."
+    ),
+    "merge_method: ties\nbase_model: b\nslices:\n  - sources:\n    - {model: a, layer_range: [0, 2]}\n"
+    "    - {model: c, layer_range: [2, 4]}\n": "line 4: the layers of base_model are not clear here",
+    "merge_method: model_stock\nbase_model: b\nslices:\n  - sources:\n    - {model: a, layer_range: [0, 2]}\n"
+    "    - {model: c, layer_range: [0, 2]}\n  - sources: [{model: a, layer_range: [2, 4]}]\n": (
+        "line 7: this slice has another number of models, which model_stock cannot take."
+    ),
 }  # fmt: skip
 
 
@@ -370,9 +395,14 @@ def test_a_wrong_recipe_is_refused_before_any_model_is_opened(text: str) -> None
     assert WRONG[text] in str(caught.value)
 
 
-def test_a_part_of_the_layers_is_refused_with_their_number(here: Path) -> None:
-    with pytest.raises(UserError, match=r"line 5: layer_range \[0, 2\] is not the whole model, which has 3 layers"):
+def test_sources_of_one_slice_need_as_many_layers(here: Path) -> None:
+    with pytest.raises(UserError, match=r"line 7: 'models/math' has 3 layers in this slice and 'models/chat' 2: all"):
         job_of(save(SLERP.replace("[0, 3]", "[0, 2]", 1)), 0)
+
+
+def test_layers_that_a_model_has_not_are_refused_with_their_line(here: Path) -> None:
+    with pytest.raises(UserError, match=r"line 5: 'models/chat' has 3 layers, and none up to 3"):
+        job_of(save(SLERP.replace("[0, 3]", "[1, 4]")), 0)
 
 
 def test_a_recipe_without_an_output_folder_says_so(cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,17 +12,22 @@ from hypothesis import strategies as st
 
 from mergectl.errors import UserError
 from mergectl.methods._contract import Between
+from mergectl.plan import select
 from mergectl.settings import names, settings_of
-from mergectl.space import Dimension, distributions, space, to_settings
+from mergectl.space import Dimension, distributions, layer_groups, space, to_settings
 from mergectl.values import Setting
 
 TASKS = ["cola", "rte"]
 
 
+LAYERS = [f"encoder.layer.{layer}.{part}.weight" for layer in range(6) for part in ("attention", "mlp")]
+NAMES = ["embeddings.word_embeddings.weight", *LAYERS, "norm.weight"]
+
+
 def of(
     method: str, per_task: Sequence[str] = (), fixed: Mapping[str, Any] | None = None, **ranges: str
 ) -> list[Dimension]:
-    return space(settings_of(method), TASKS, ranges=ranges, fixed=fixed or {}, per_task=per_task)
+    return space(settings_of(method), TASKS, ranges=ranges, fixed=fixed or {}, per_task=per_task, names=NAMES)
 
 
 def refusal(method: str, per_task: Sequence[str] = (), fixed: Mapping[str, Any] | None = None, **ranges: str) -> str:
@@ -173,3 +178,128 @@ def test_the_points_of_a_grid_span_the_range_evenly(low: float, width: float, co
     assert len(points) == count
     assert (points[0], points[-1]) == pytest.approx((low, low + width), abs=1e-9)
     assert gaps == pytest.approx([width / (count - 1)] * len(gaps), abs=1e-9)
+
+
+# What the reference expands these to.
+LEGACY = {
+    "linear+1.0+1.01+0.1": [1.0],
+    "linear+0.8+2.21+0.1": [0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8, 1.9, 2.0, 2.1, 2.2],
+    "linear+1.5+2.21+0.1": [1.5, 1.6, 1.7, 1.8, 1.9, 2.0, 2.1, 2.2],
+    "linear+1.0+1.11+0.1": [1.0, 1.1],
+    "linear+2.3+2.91+0.1": [2.3, 2.4, 2.5, 2.6, 2.7, 2.8, 2.9],
+    "linear+0.1+1.21+0.1": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2],
+    "linear+0.5+3.1+0.5": [0.5, 1.0, 1.5, 2.0, 2.5, 3.0],
+}
+
+
+@pytest.mark.parametrize("text", LEGACY)
+def test_an_older_grid_has_the_points_that_it_always_had(text: str) -> None:
+    (scale,) = of("task_arithmetic", scale=text)
+    assert scale.points(99) == LEGACY[text]
+    assert all(distributions([scale])["scale"]._contains(point) for point in LEGACY[text])
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("linear+1+2", "is not linear+START+END+STEP"),
+        ("linear+a+2+0.1", "is not linear+START+END+STEP"),
+        ("linear+0+1+0", "is not linear+START+END+STEP"),
+        ("linear+2+1+0.1", "holds no even steps"),
+        ("linear+0+1+0.25", "holds no even steps once its values are rounded"),
+    ],
+)
+def test_an_older_grid_that_makes_no_sense_is_refused(text: str, sentence: str) -> None:
+    assert sentence in refusal("task_arithmetic", (), {}, scale=text)
+
+
+def test_an_older_grid_of_whole_numbers_holds_whole_numbers() -> None:
+    (x,) = space({"x": made("int")}, TASKS, ranges={"x": "linear+1+6+2"}, fixed={})
+    assert x.points(99) == [1, 3, 5]
+    with pytest.raises(UserError, match="whole numbers"):
+        space({"x": made("int")}, TASKS, ranges={"x": "linear+0.5+3+0.5"}, fixed={})
+
+
+def test_some_weights_may_have_a_range_of_their_own() -> None:
+    found = of("task_arithmetic", (), {}, **{"scale@*.attention.*": "0:1", "scale": "0.2:0.4"})
+    assert [(d.name, d.low, d.high) for d in found] == [
+        ("scale@*.attention.*", 0.0, 1.0), ("scale@*", 0.2, 0.4),
+    ]  # fmt: skip
+    settings = to_settings({"scale@*.attention.*": 0.9, "scale@*": 0.3}, found, {})
+    assert settings == {"scale": {"*.attention.*": 0.9, "*": 0.3}}
+
+
+def test_weights_that_no_range_names_keep_the_default() -> None:
+    found = of("task_arithmetic", (), {}, **{"scale@*.attention.*": "0:1"})
+    assert to_settings({"scale@*.attention.*": 0.9}, found, {}) == {"scale": {"*.attention.*": 0.9}}
+
+
+def test_a_range_for_weights_that_there_are_not_is_refused() -> None:
+    assert refusal("task_arithmetic", (), {}, **{"scale@*.attn.*": "0:1"}) == (
+        "No weight is called '*.attn.*', for which --range scale@*.attn.* is given. "
+        "Write a pattern of weight names such as '*.attention.*'."
+    )
+
+
+def per_layer(count: int, per_task: Sequence[str] = (), **ranges: str) -> list[Dimension]:
+    return space(
+        settings_of("task_arithmetic"), TASKS, ranges=ranges, fixed={}, per_task=per_task, names=NAMES,
+        per_layer={"scale": count},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 6])
+def test_every_weight_belongs_to_the_group_of_its_depth(count: int) -> None:
+    found = per_layer(count)
+    settings = to_settings({d.name: place for place, d in enumerate(found)}, found, {})
+    groups = [select(settings["scale"], name) for name in NAMES]
+    assert groups == [0, *(layer * count // 6 for layer in range(6) for _ in range(2)), count - 1]
+
+
+def test_groups_are_called_by_their_layers() -> None:
+    assert [d.name for d in per_layer(4)] == [
+        "scale@layers 1-2", "scale@layer 3", "scale@layers 4-5", "scale@layer 6",
+    ]  # fmt: skip
+
+
+def test_groups_of_layers_may_have_a_number_per_task() -> None:
+    found = per_layer(2, ["scale"], scale="0:1")
+    assert [d.name for d in found] == [
+        "scale@layers 1-3[cola]", "scale@layers 1-3[rte]", "scale@layers 4-6[cola]", "scale@layers 4-6[rte]",
+    ]  # fmt: skip
+    settings = to_settings({d.name: place for place, d in enumerate(found)}, found, {})
+    assert select(settings["scale"], "encoder.layer.1.mlp.weight") == {"cola": 0, "rte": 1}
+    assert select(settings["scale"], "norm.weight") == {"cola": 2, "rte": 3}
+
+
+def test_each_stack_is_split_alike() -> None:
+    names = [
+        f"{side}.block.{layer}.weight" for side, count in (("encoder", 4), ("decoder", 2)) for layer in range(count)
+    ]
+    groups = list(layer_groups(names, 2).values())
+    assert groups[0] == ["encoder.block.0.*", "encoder.block.1.*", "decoder.block.0.*"]
+
+
+@pytest.mark.parametrize("count", [1, 7])
+def test_a_model_is_split_into_no_more_groups_than_layers(count: int) -> None:
+    with pytest.raises(UserError, match=f"--per-layer {count}: .* at least 2 and at most its 6 layers"):
+        per_layer(count)
+
+
+def test_a_model_without_layers_is_not_split() -> None:
+    with pytest.raises(UserError, match="which this model has not"):
+        layer_groups(["weight", "bias"], 2)
+
+
+def test_groups_and_patterns_exclude_each_other() -> None:
+    with pytest.raises(UserError, match="Drop --per-layer or the pattern"):
+        per_layer(2, **{"scale@*.mlp.*": "0:1"})
+
+
+@given(st.floats(0, 1))
+def test_a_share_of_a_range_is_a_value_that_optuna_knows(share: float) -> None:
+    for d in (
+        Dimension("x", "float", -0.3, 0.9, step=0.3), Dimension("x", "float", 0.1, 0.7), Dimension("x", "int", -3, 4),
+        Dimension("x", "word", words=("a", "b", "c")),
+    ):  # fmt: skip
+        assert distributions([d])["x"]._contains(distributions([d])["x"].to_internal_repr(d.at(share)))

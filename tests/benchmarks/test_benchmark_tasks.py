@@ -93,7 +93,7 @@ def test_a_tasks_facts_fit_together(task: Task) -> None:
     assert bool(task.labels) == (task.kind != "regression")
     assert len(set(task.labels)) == len(task.labels)
     assert (task.metric in _metrics.FOR_NUMBERS) == (task.kind == "regression")
-    assert task.make is not None or (task.source and task.hub)
+    assert task.make is not None or (task.source and bool(task.hub) != bool(task.obtain))
 
 
 @every_task
@@ -117,7 +117,7 @@ def test_perfect_outputs_score_one(task: Task) -> None:
 def test_fit_tune_and_report_share_no_row(task: Task, tmp_path: Path) -> None:
     data = write_source(tmp_path, task)
     rows = {use: _rows.load(task, use, data=data) for use in USES}
-    texts = [text for use in USES for text in rows[use].columns[task.inputs[0]]]
+    texts = [text for use in USES for text in _asked(rows[use])]
     ids = [row for use in USES for row in rows[use].ids]
     assert all(len(rows[use]) for use in USES)
     assert len(set(texts)) == len(texts)
@@ -129,13 +129,19 @@ def test_a_row_keeps_its_id_and_label_whatever_the_limit(task: Task, tmp_path: P
     data = write_source(tmp_path, task)
     whole = _rows.load(task, "fit", data=data)
     some = _rows.load(task, "fit", data=data, limit=7)
-    known = {row: (text, label) for row, text, label in zip(*_columns(whole, task), strict=True)}
+    known = {row: (text, label) for row, text, label in zip(*_columns(whole), strict=True)}
     assert len(some) == 7
-    assert all(known[row] == (text, label) for row, text, label in zip(*_columns(some, task), strict=True))
+    assert all(known[row] == (text, label) for row, text, label in zip(*_columns(some), strict=True))
 
 
-def _columns(rows: _rows.Rows, task: Task) -> tuple[list[str], list[str], list[int] | list[float]]:
-    return rows.ids, rows.columns[task.inputs[0]], rows.labels
+def _columns(rows: _rows.Rows) -> tuple[list[str], list[str], list[int] | list[float]]:
+    return rows.ids, _asked(rows), rows.labels
+
+
+def _asked(rows: _rows.Rows) -> list[str]:
+    """The first column of what a task asks: its first input, or the text that a template makes of all of them."""
+    found: list[str] = next(iter(rows.columns.values()))
+    return found
 
 
 @every_read_task

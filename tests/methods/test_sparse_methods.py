@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from mergectl import merge_weights
 from mergectl.errors import UserError
 from mergectl.methods import _more_kernels
+from mergectl.methods._task_vectors import TaskVectors
 from tests.methods.families import assert_close, assert_same, family
 
 
@@ -26,8 +27,13 @@ def merged(method: str, *rows: list[float], **given: Any) -> list[float]:
 def test_a_window_of_ranks_keeps_exactly_its_count_whatever_is_equal(row: list[int], skip: int, count: int) -> None:
     x = torch.tensor(row, dtype=torch.float32) + 10  # no zeros, many equals
     count = min(count, len(row))
-    kept = _more_kernels.keep_ranks(x, min(skip, len(row) - count), count)
-    order = torch.sort(x.abs(), descending=True, stable=True).indices[min(skip, len(row) - count) :][:count]
+    skip = min(skip, len(row) - count)
+    half = len(row) // 2
+    parts = {"w\0000": x[None, :half], "w\0001": x[None, half:]}  # one weight in two blocks
+    vectors = TaskVectors(["a"], {n: p.shape[1:] for n, p in parts.items()}, parts.__getitem__)
+    ends = _more_kernels.edges(vectors, [skip], [count])[0]
+    kept = torch.cat([_more_kernels.within(n, p[0], ends, skip, count) for n, p in parts.items()])
+    order = torch.sort(x.abs(), descending=True, stable=True).indices[skip:][:count]
     expected = torch.zeros_like(x)
     expected[order] = x[order]
     assert torch.equal(kept, expected)

@@ -1,10 +1,13 @@
 """How fast and how small merging is, against copying the same bytes (and mergekit where it is installed).
 
-    python -m tests.perf.merge [--folder DIR] [--family roberta|llama] [--mergekit /path/to/bin/mergekit-yaml]
+    python -m tests.perf.merge [--family roberta|llama] [--threads N] [--mergekit /path/to/bin/mergekit-yaml]
 
-Makes random checkpoints of real shapes, merges them by every method in a process of its own and prints, per method,
-the seconds without interpreter and library start-up, their ratio to the copy floor (read every input once, write the
-output once, measured in the same run), and the peak of memory that is not page cache.
+Makes random checkpoints of real shapes (`--scale 0.05` for a quick look), merges them by every method in a process of
+its own and prints, per method, the seconds without start-up of interpreter and libraries, their ratio to the copy floor
+(read the method's inputs once, write as much as it wrote once, measured beside it), processor seconds with their ratio
+(on a busy machine the steadier one), and the peak of memory that is not page cache. Digests of the inputs are known, as
+after a first merge; `--fresh-digests` forgets them.
+With `--mergekit`, both programs run the same recipe as whole processes, and their results are compared.
 """
 
 from __future__ import annotations
@@ -12,152 +15,169 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
-import subprocess
+import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-CHUNK = 1 << 22
-METHODS = (
-    "average", "task_arithmetic", "slerp", "ties_tensor", "ties", "medusa", "emr", "dare_task_arithmetic", "dare_ties",
-)  # fmt: skip
+from mergectl.checkpoints import open_checkpoint
+from tests.perf.checkpoints import DTYPE, EXPERTS, difference, drop, files, population, size
+from tests.perf.processes import chosen, known, measure, watched
 
-RUN = """
-import json, sys, threading, time
-import torch
-import mergectl.merging, mergectl.settings, mergectl.writing, duckdb
-from pathlib import Path
-from mergectl.families import open_family
-from mergectl.merge import MergeJob, merge
-from mergectl.plan import recipe_of
-
-method, base, out, threads, *experts = sys.argv[1:]
-torch.set_num_threads(int(threads))
-mergectl.settings.describe(method)
-peak, done = [0], threading.Event()
-
-def anonymous():
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
-
-def watch():
-    while not done.wait(0.01):
-        peak[0] = max(peak[0], anonymous())
-
-start = anonymous()
-threading.Thread(target=watch, daemon=True).start()
-began = time.perf_counter()
-family = open_family(base, [(f"t{i}", path) for i, path in enumerate(experts)])
-job = MergeJob(recipe_of(method), tuple((None, path) for path in experts), base)
-merge(job, family, Path(out), facts={}, force=False, progress=lambda *_: None)
-seconds = time.perf_counter() - began
-done.set()
-print(json.dumps({"seconds": seconds, "mib": (peak[0] - start) / 1024}))
-"""
+PIECE = 1 << 22
+# The most of the copy floor that a method may take; None: no goal is set.
+GOALS = {
+    "average": 2, "task_arithmetic": 2, "slerp": 2, "ties_tensor": 6, "ties": 10, "pcb": 10, "medusa": None, "emr": 6,
+    "dare_task_arithmetic": 6, "dare_ties": 6, "della": None, "breadcrumbs": None,
+}  # fmt: skip
+# mergekit's word for a method of ours, and how many times faster we want to be as a whole process.
+RIVALS = {
+    "average": ("linear", None), "task_arithmetic": ("task_arithmetic", 3), "slerp": ("slerp", None),
+    "ties_tensor": ("ties", 15),
+}  # fmt: skip
 
 
-def shapes(family: str) -> dict[str, tuple[int, ...]]:
-    """The weights of a RoBERTa-base, or of a Llama of half a billion parameters."""
-    found: dict[str, tuple[int, ...]] = {}
-    if family == "roberta":
-        found = {"embeddings.word": (50265, 768), "embeddings.position": (514, 768)}
-        for i in range(12):
-            layer = f"encoder.layer.{i}."
-            found |= {layer + name: (768, 768) for name in ("query", "key", "value", "output")}
-            found |= {layer + "up": (3072, 768), layer + "down": (768, 3072)}
-            found |= {layer + name: (768,) for name in ("b1", "b2", "b3", "b4", "norm1", "norm2")}
-        return found
-    found = {"embed_tokens": (32000, 1024), "lm_head": (32000, 1024)}
-    for i in range(30):
-        layer = f"layers.{i}."
-        found |= {layer + name: (1024, 1024) for name in ("q", "k", "v", "o")}
-        found |= {layer + name: (3584, 1024) for name in ("gate", "up")} | {layer + "down": (1024, 3584)}
-        found |= {layer + name: (1024,) for name in ("norm1", "norm2")}
-    return found
+def copy_floor(inputs: Sequence[Path], written: int, out: Path, threads: int) -> tuple[float, float]:
+    """Seconds and processor seconds to read every input once and to write so many bytes, in reused buffers."""
+    spans = [(file, start) for path in inputs for file in files(path) for start in range(0, file.stat().st_size, PIECE)]
+    if written > PIECE * len(spans):
+        raise SystemExit(f"{written} bytes are more than were read: the copy floor says nothing about this method.")
+    target = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    sources = {file: os.open(file, os.O_RDONLY) for file, _ in spans}
 
+    def copy(first: int) -> None:
+        buffer = memoryview(bytearray(PIECE))
+        for number in range(first, len(spans), threads):
+            file, start = spans[number]
+            os.preadv(sources[file], [buffer], start)
+            if (rest := written - number * PIECE) > 0:
+                os.pwrite(target, buffer[:rest], number * PIECE)
 
-def population(folder: Path, family: str, experts: int) -> list[Path]:
-    """Write a base and its experts, once."""
-    import torch
-    from safetensors.torch import save_file
-
-    dtype = torch.float32 if family == "roberta" else torch.bfloat16
-    paths = [folder / family / name for name in ["base", *(f"expert{i}" for i in range(experts))]]
-    for seed, path in enumerate(paths):
-        if (path / "config.json").exists():
-            continue
-        path.mkdir(parents=True, exist_ok=True)
-        chance = torch.Generator().manual_seed(seed)
-        start = torch.Generator().manual_seed(0)
-        weights = {}
-        for name, shape in shapes(family).items():
-            weight = 0.02 * torch.randn(shape, generator=start)
-            weights[name] = (weight + (0.001 * torch.randn(shape, generator=chance) if seed else 0)).to(dtype)
-        save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
-        (path / "config.json").write_text('{"model_type": "test"}')
-    return paths
-
-
-def copy_floor(paths: list[Path], out: Path) -> float:
-    """Read every input once and write as much as one of them, in reused buffers."""
-    buffer = bytearray(CHUNK)
-    began = time.perf_counter()
-    with out.open("wb", buffering=0) as target:
-        for number, path in enumerate(paths):
-            with (path / "model.safetensors").open("rb", buffering=0) as source:
-                while size := source.readinto(buffer):
-                    if number == 0:
-                        target.write(memoryview(buffer)[:size])
-    seconds = time.perf_counter() - began
+    began, busy = time.perf_counter(), time.process_time()
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(copy, range(threads)))
+    took = time.perf_counter() - began, time.process_time() - busy
+    for descriptor in (target, *sources.values()):
+        os.close(descriptor)
     out.unlink()
-    return seconds
+    return took
 
 
-def measure(method: str, paths: list[Path], out: Path, threads: int) -> dict[str, float]:
-    """Merge once in a fresh process."""
-    chosen = paths[:3] if method == "slerp" else paths
-    words = [method, str(paths[0]), str(out), str(threads), *map(str, chosen[1:])]
-    done = subprocess.run([sys.executable, "-c", RUN, *words], capture_output=True, text=True, check=True)
-    shutil.rmtree(out)
-    found: dict[str, float] = json.loads(done.stdout)
-    return found
+def print_floor(paths: Sequence[Path], out: Path, threads: int) -> None:
+    """Print the copy floor of all inputs, once they are in the page cache."""
+    one = sum(file.stat().st_size for file in files(paths[0]))
+    copy_floor(paths, one, out, 1)
+    best = {n: min(copy_floor(paths, one, out, n)[0] for _ in range(3)) for n in sorted({1, threads})}
+    print(f"copy floor of all inputs ({len(paths)} x {one / 1e6:.0f} MB read, one written):")
+    print(", ".join(f"{n} thread{'s' * (n > 1)} {seconds:.2f} s" for n, seconds in best.items()), end="; ")
+    print(f"ratios are to the faster ({min(best, key=lambda n: best[n])}), measured anew beside every merge\n")
 
 
-def mergekit(program: str, method: str, paths: list[Path], out: Path) -> float:
-    """The whole process of the rival on the same files."""
-    models = [{"model": str(p), "parameters": {"weight": 0.4, "density": 0.2}} for p in paths[1:]]
-    recipe = {"merge_method": method, "base_model": str(paths[0]), "models": models, "dtype": "float32"}
-    file = out.with_suffix(".yml")
-    file.write_text(json.dumps(recipe))
-    began = time.perf_counter()
-    subprocess.run([program, str(file), str(out)], check=True, capture_output=True)
-    return time.perf_counter() - began
+def table(args: argparse.Namespace, paths: Sequence[Path], warm: Sequence[Path]) -> None:
+    """Print what every method takes: the repeat whose ratio to its floor is the middle one."""
+    out, spare = args.folder / "out", args.folder / "floor.bin"
+    print("| method | inputs | seconds | floor | of the floor | goal | processor s | of the floor's | peak MiB |")
+    print("| --- " * 9 + "|")
+    for method in known(args.methods):
+        base, experts = chosen(method, paths)
+        inputs = [*([] if base is None else [base]), *experts]
+        rows = []
+        for _ in range(args.repeats):
+            if args.fresh_digests:
+                drop(args.folder / "cache")
+            found = measure(method, paths, out, args.threads, warm)
+            floor, busy = min(copy_floor(inputs, size(out), spare, n) for n in sorted({1, args.threads}))
+            drop(out)
+            rows.append((found.seconds / floor, floor, busy, found))
+        ratio = statistics.median_low(row[0] for row in rows)
+        _, floor, busy, found = next(row for row in rows if row[0] == ratio)
+        goal = GOALS.get(method)
+        print(
+            f"| {method} | {len(inputs)} | {found.seconds:.2f} | {floor:.2f} | {ratio:.1f} | "
+            f"{'-' if goal is None else f'<= {goal}'} | {found.processor:.1f} | {found.processor / busy:.1f} | "
+            f"{found.mib:.0f} |",
+            flush=True,
+        )
+
+
+def recipe(method: str, paths: Sequence[Path], dtype: str) -> dict[str, object]:
+    """The recipe that both programs read."""
+    word, _ = RIVALS[method]
+    base, experts = chosen(method, paths)
+    each = {"weight": 1.0} if method == "average" else {"weight": 0.4, "density": 0.2}
+    if method == "task_arithmetic":
+        del each["density"]
+    models = [{"model": str(path), **({} if method == "slerp" else {"parameters": each})} for path in experts]
+    found: dict[str, object] = {"merge_method": word, "models": models, "dtype": dtype}
+    if method == "slerp":
+        return found | {"base_model": str(experts[0]), "parameters": {"t": 0.5}}
+    return found if base is None else found | {"base_model": str(base)}
+
+
+def rivalry(args: argparse.Namespace, paths: Sequence[Path]) -> None:
+    """Print both programs' whole processes on one recipe, in turn, and how far their results differ."""
+    print("\nwhole processes, one recipe, in turn; digests of the inputs not known; median of the pairs by ratio\n")
+    print(
+        "| method | mergectl s | mergekit s | times faster | goal | processor s | resident MiB | not cache MiB |",
+        end="",
+    )
+    print(" differs by | in share |\n" + "| --- " * 10 + "|")
+    ours, theirs, file = args.folder / "ours", args.folder / "theirs", args.folder / "recipe.yml"
+    threads = str(args.threads)
+    for method in (m for m in known(args.methods) if m in RIVALS):
+        file.write_text(json.dumps(recipe(method, paths, DTYPE[args.family])))
+        pairs = []
+        for _ in range(args.pairs):
+            drop(ours, theirs, args.folder / "cache")
+            words = [sys.executable, "-m", "mergectl", "merge", "-c", str(file), "-o", str(ours), "--threads", threads]
+            lab = ["--store", str(args.folder / "lab" / "mergectl.duckdb"), "--quiet"]
+            own = watched([*words, *lab], {})
+            words = [args.mergekit, str(file), str(theirs), "--quiet", "--no-copy-tokenizer", "-j", threads]
+            pairs.append((own, watched(words, {"HF_HUB_OFFLINE": "1"})))
+        ratio = statistics.median_low(rival.seconds / own.seconds for own, rival in pairs)
+        own, rival = next(pair for pair in pairs if pair[1].seconds / pair[0].seconds == ratio)
+        worst, share = difference(ours, theirs)
+        drop(ours, theirs, args.folder / "lab")
+        goal = RIVALS[method][1]
+        print(
+            f"| {method} | {own.seconds:.1f} | {rival.seconds:.1f} | {ratio:.1f} | {f'>= {goal}' if goal else '-'} | "
+            f"{own.processor:.1f} : {rival.processor:.1f} | {own.resident:.0f} : {rival.resident:.0f} | "
+            f"{own.anonymous:.0f} : {rival.anonymous:.0f} | {worst:.1e} | {share:.1e} |",
+            flush=True,
+        )
 
 
 def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "mergectl-perf")
-    parser.add_argument("--family", choices=["roberta", "llama"], default="roberta")
+    parser.add_argument("--family", choices=list(EXPERTS), default="roberta")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the tokens and layers of the real model")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--methods", nargs="*", default=list(GOALS))
+    parser.add_argument("--fresh-digests", action="store_true", help="count the first reading for digests, too")
     parser.add_argument("--mergekit", help="the rival's mergekit-yaml, where it is installed")
-    parser.add_argument("--methods", nargs="*", default=list(METHODS))
+    parser.add_argument("--pairs", type=int, default=1, help="runs of both programs")
+    parser.add_argument("--only-mergekit", action="store_true", help="skip the table of methods")
     args = parser.parse_args()
-    paths = population(args.folder, args.family, 4 if args.family == "roberta" else 3)
-    copy_floor(paths, args.folder / "floor.bin")
-    floor = min(copy_floor(paths, args.folder / "floor.bin") for _ in range(3))
-    print(f"{args.family}, {len(paths) - 1} experts and the base, {args.threads} threads: copy floor {floor:.2f} s\n")
-    print("| method | seconds | of the floor | peak MiB |\n| --- | --- | --- | --- |")
-    for method in args.methods:
-        best = min(
-            (measure(method, paths, args.folder / "out", args.threads) for _ in range(2)), key=lambda f: f["seconds"]
-        )
-        print(f"| {method} | {best['seconds']:.2f} | {best['seconds'] / floor:.1f} | {best['mib']:.0f} |", flush=True)
-    for method in ("task_arithmetic", "ties") if args.mergekit else ():
-        print(
-            f"mergekit {method}: {mergekit(args.mergekit, method, paths, args.folder / 'rival'):.1f} s (whole process)"
-        )
+    if args.mergekit and not os.access(args.mergekit, os.X_OK):
+        raise SystemExit(f"{args.mergekit} is no program. Name the mergekit-yaml of an environment with mergekit.")
+    paths = population(args.folder, args.family, args.scale)
+    warm = population(args.folder, args.family, 0.01)
+    print(f"{args.family}: a base and {len(paths) - 1} experts, {DTYPE[args.family]}, {args.threads} threads")
+    print_floor(paths, args.folder / "floor.bin", args.threads)
+    drop(args.folder / "out", args.folder / "out-warm")
+    os.environ["XDG_CACHE_HOME"] = str(args.folder / "cache")
+    for path in (*paths, *warm):
+        _ = open_checkpoint(str(path)).digest
+    if not args.only_mergekit:
+        table(args, paths, warm)
+    if args.mergekit:
+        rivalry(args, paths)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,77 @@
+"""The words of `mergectl finetune`, and what it prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mergectl.errors import UserError
+from mergectl.lab import Lab
+
+
+def finetune(
+    lab: Lab,
+    ctx: typer.Context,
+    tasks: Annotated[list[str], typer.Argument(help="Tasks (suite/task) or whole suites: one expert each.")],
+    base: Annotated[
+        str, typer.Option("--base", help="The model to start from; a config.json starts from fresh weights.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder that gets one folder per task.")] = Path("runs"),
+    epochs: Annotated[float, typer.Option(min=0, help="Passes over the fit rows.")] = 3.0,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="Stop after so many steps, whatever the epochs.")] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Peak learning rate; default 5e-5, for lora 5e-4, for ia3 5e-3.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per step.")] = 16,
+    accumulation: Annotated[int, typer.Option(min=1, help="Batches per optimiser step.")] = 1,
+    weight_decay: Annotated[float, typer.Option(min=0, help="AdamW weight decay.")] = 0.01,
+    warmup: Annotated[float, typer.Option(min=0, max=1, help="Share of the steps that warm up.")] = 0.06,
+    scheduler: Annotated[str, typer.Option(help="linear, cosine or constant.")] = "linear",
+    max_length: Annotated[
+        int | None, typer.Option(min=8, help="Longest text in tokens; default 128, for text-to-text 512.")
+    ] = None,
+    peft: Annotated[str, typer.Option(help="none, lora or ia3.")] = "none",
+    rank: Annotated[int, typer.Option(min=1, help="Rank of LoRA's factors.")] = 8,
+    alpha: Annotated[float, typer.Option(min=0, help="LoRA's alpha.")] = 16.0,
+    dropout: Annotated[float, typer.Option(min=0, max=1, help="LoRA's dropout.")] = 0.0,
+    targets: Annotated[str, typer.Option(help="Modules that get adapters: q_proj,v_proj; default: by model.")] = "",
+    bf16: Annotated[bool, typer.Option("--bf16", help="Train in bfloat16 autocast.")] = False,
+    patience: Annotated[int | None, typer.Option(min=1, help="Stop after so many evaluations without gain.")] = None,
+    eval_every: Annotated[
+        int | None, typer.Option(min=1, help="Evaluate every so many steps instead of each epoch.")
+    ] = None,
+    limit_fit: Annotated[int | None, typer.Option(min=1, help="At most so many fit rows.")] = None,
+    limit_tune: Annotated[int | None, typer.Option(min=1, help="At most so many tune rows.")] = None,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option("--grid", help="NAME=VALUE,VALUE: an expert for each value, too. May be repeated."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")] = False,
+) -> None:
+    """Fine-tune one expert per task; the best epoch by the tune split is kept."""
+    from mergectl.grid import finetune_grid, read_grid
+    from mergectl.terminal import print_table
+
+    options = {
+        "epochs": epochs, "max_steps": max_steps, "lr": lr, "batch_size": batch_size, "accumulation": accumulation,
+        "weight_decay": weight_decay, "warmup": warmup, "scheduler": scheduler, "max_length": max_length, "peft": peft,
+        "rank": rank, "alpha": alpha, "dropout": dropout, "bf16": bf16,
+        "targets": tuple(filter(None, targets.split(","))),
+        "patience": patience, "eval_every": eval_every, "limit_fit": limit_fit, "limit_tune": limit_tune,
+    }  # fmt: skip
+    varied = read_grid(grid or [])
+    _refuse_both(ctx, varied)
+    results = finetune_grid(lab, tasks, base, out, options, varied, force=force)
+    rows = [(r["task"], r["out"], r.get("score"), r["run"]) for r in results]
+    lab.terminal.give(results, lambda: print_table("Experts", ("task", "folder", "tune score", "run"), rows, left=2))
+
+
+def _refuse_both(ctx: typer.Context, grid: dict[str, Any]) -> None:
+    """Refuse a setting that has both values in the grid and one of its own."""
+    for name in grid:
+        source = ctx.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = name.replace("_", "-")
+            raise UserError(f"'{name}' is given by --{option} and by --grid. Leave out --{option}.")

@@ -1,0 +1,88 @@
+"""Threads that share the work of a merge, block by block, while torch itself uses one thread.
+
+Reading, computing and writing a block happen in one thread, so that its numbers stay near that processor; while one
+thread waits for the disk the others compute. Results come in the order of the work, whatever finishes first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+AHEAD = 2  # pieces of work per thread that wait or are done before they are asked for
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # numbers of GNU malloc.h
+
+
+class Pool:
+    """As many threads as torch was given, with a stream of their own on a CUDA device; torch gets them back at the end.
+
+    A device has two threads at least: while one waits for copies, the other's block is computed.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        import torch
+
+        self._device = device if device.startswith("cuda") else None
+        self._given = torch.get_num_threads()
+        self._threads = max(2, self._given) if self._device else self._given
+        self._worker = threading.local()
+        self._executor = ThreadPoolExecutor(self._threads) if self._threads > 1 else None
+
+    def __enter__(self) -> Pool:
+        import torch
+
+        torch.set_num_threads(1)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Wait for what runs, forget what waits."""
+        import torch
+
+        if self._executor is not None:
+            self._executor.shutdown(cancel_futures=True)
+        torch.set_num_threads(self._given)
+
+    def map(self, work: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        """Do what the builtin `map` does, several items at a time; work that asks for more work does it itself."""
+        if self._executor is None or getattr(self._worker, "busy", False):
+            yield from map(work, items)
+            return
+        waiting: deque[Future[Any]] = deque()
+        try:
+            for item in items:
+                waiting.append(self._executor.submit(self._do, work, item))
+                if len(waiting) > AHEAD * self._threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+    def _do(self, work: Callable[[Any], Any], item: Any) -> Any:
+        self._worker.busy = True
+        if self._device is None:
+            return work(item)
+        import torch
+
+        if not hasattr(self._worker, "stream"):
+            self._worker.stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(self._worker.stream):
+            return work(item)
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what is freed: blocks come and go, and fresh pages cost more than filling them.
+
+    Only for a process that does nothing else; without GNU's allocator nothing happens.
+    """
+    import ctypes
+
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_MMAP_THRESHOLD, 1 << 25)
+        mallopt(_TRIM_THRESHOLD, 1 << 28)

@@ -1,0 +1,247 @@
+"""What decides a search, made ready: models, tasks, plan and config; told to workers that join from elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergectl import __version__
+from mergectl.errors import UserError
+from mergectl.families import Family, open_family
+from mergectl.judging import Judge
+from mergectl.lab import Lab
+from mergectl.merge import MergeJob
+from mergectl.plan import Recipe
+from mergectl.pruning import Verdict
+from mergectl.samplers import check_plan, check_sampler
+from mergectl.settings import MethodInfo, describe
+from mergectl.space import Dimension, space
+from mergectl.trials import Plan, read_objectives
+from mergectl.verbs import check_split, task_version
+
+if TYPE_CHECKING:
+    from mergectl.benchmarks._contract import Task
+
+
+@dataclass(frozen=True)
+class SearchJob:
+    """All that decides a search, and where and by how many it is done."""
+
+    merge: MergeJob
+    words: tuple[str, ...] = ()
+    sampler: str = "random"
+    trials: int = 20
+    ranges: Mapping[str, str] = field(default_factory=dict)
+    per_task: tuple[str, ...] = ()
+    limit: int | None = None
+    split: str = "tune"
+    study: str | None = None
+    batch_size: int = 64
+    per_layer: tuple[str, ...] = ()  # `4` or `scale=4`
+    objective: str = "mean"
+    start: Mapping[str, float] = field(default_factory=dict)
+    sigma: float | None = None
+    population: int | None = None
+    allow_report: bool = False
+    workers: int = 1
+    storage: str | None = None
+    prune: float | None = None  # the chance to stop a candidate that is as good as the best
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A search that could begin: everything is checked, no weight is read."""
+
+    lab: Lab
+    job: SearchJob
+    family: Family
+    tasks: Sequence[Task]
+    plan: Plan
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What decides the result, for the store."""
+        job, plan = self.job, self.plan
+        more = {
+            "objectives": list(plan.objectives) if plan.objectives != ("mean",) else None,
+            "start": dict(plan.start) or None,
+            "sigma": plan.sigma,
+            "population": plan.population,
+            "allow_report": job.allow_report or None,
+            "prune": plan.prune,
+        }
+        return {
+            "method": job.merge.recipe.method,
+            "refine": [list(pair) for pair in job.merge.recipe.refine],
+            "fixed": dict(plan.fixed),
+            "space": {d.name: _described(d) for d in plan.dimensions},
+            "sampler": plan.sampler,
+            "trials": plan.trials,
+            "tasks": {task.id: task_version(task) for task in self.tasks},
+            "inputs": [{k: v for k, v in row.items() if k != "ref"} for row in self.family.inputs],
+            "limit": job.limit,
+            "split": job.split,
+            "dtype": job.merge.dtype,
+            "data": None if self.lab.data is None else str(self.lab.data.absolute()),
+            "version": __version__,
+            **{key: value for key, value in more.items() if value is not None},
+        }
+
+    @property
+    def question(self) -> str:
+        """What a study answers: with more trials it goes on, but a grid's points depend on how many there are."""
+        from mergectl.store import digest_of
+
+        config = self.config
+        free = ("version",) if config["sampler"] == "grid" else ("version", "trials")
+        return digest_of({"seed": self.lab.seed, **{key: value for key, value in config.items() if key not in free}})
+
+    @property
+    def study(self) -> str:
+        """The study's name."""
+        return self.job.study or f"{self.job.merge.recipe.method}-{self.job.sampler}-{self.question[:8]}"
+
+    @property
+    def scratch(self) -> Path:
+        """Where this machine's workers share what one of them has merged; gone with the search."""
+        return self.lab.folder / "optuna" / f"{self.study}.merged"
+
+    def judge(self) -> Judge | Measured:
+        """Read the models and make ready to score candidates."""
+        job = self.job
+        how: dict[str, Any] = {"split": job.split, "limit": job.limit, "batch_size": job.batch_size}
+        if job.workers > 1:
+            how["scratch"] = self.scratch
+        varying = {d.setting for d in self.plan.dimensions}
+        how["supplies"] = self.family.supplies(job.merge.recipe.method)
+        judge = Judge(self.lab, job.merge.recipe, self.family, self.tasks, varying=varying, **how)
+        return Measured(judge) if "size" in self.plan.objectives else judge
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A judge that also counts how much a merge changes."""
+
+    judge: Judge
+
+    def __call__(self, settings: dict[str, Any]) -> Verdict:
+        """Score the settings, and count the bytes of the weights that now differ from the base."""
+        verdict = self.judge(settings)
+        base, live = self.judge.base or {}, self.judge.live
+        changed = 0
+        for name, weight in base.items():
+            slot = live.slot(name)
+            if slot is not None:
+                now = live.backbone[slot]
+                changed += int((now != weight.to(now)).sum()) * now.element_size()
+        return replace(verdict, size=float(changed))
+
+
+def prepare(lab: Lab, job: SearchJob) -> Prepared:
+    """Open the models' headers and check everything that can be checked before weights are read."""
+    check_sampler(job.sampler)
+    if job.split == "report" and not job.allow_report:
+        raise UserError(
+            "A search may not look at 'report': it is kept for the final score. Search on --split tune; "
+            "--allow-report does it all the same, and the study says so."
+        )
+    info = describe(job.merge.recipe.method)
+    family = open_family(job.merge.base, job.merge.experts, lab.find_run)
+    fixed = dict(job.merge.recipe.settings)
+    dimensions = space(
+        info.settings, list(family.experts), ranges=job.ranges, fixed=fixed, per_task=job.per_task,
+        per_layer=_layered(job.per_layer, info), names=list(family.population.base),
+    )  # fmt: skip
+    tasks = lab.tasks(job.words or list(dict.fromkeys(family.task_ids[task] for task in family.experts)))
+    check_split(tasks, job.split)
+    objectives = read_objectives(job.objective, [task.id for task in tasks])
+    _check_kept(info, dimensions, objectives, family)
+    plan = Plan(
+        tuple(dimensions), fixed, job.sampler, job.trials, lab.seed, objectives, dict(job.start), job.sigma,
+        job.population, job.prune,
+    )  # fmt: skip
+    check_plan(plan)
+    return Prepared(lab, job, family, tasks, plan)
+
+
+def _layered(texts: Sequence[str], info: MethodInfo) -> dict[str, int]:
+    """Read `--per-layer`: a number of groups for the method's coefficients, or NAME=NUMBER."""
+    found: dict[str, int] = {}
+    for text in texts:
+        name, _, count = text.rpartition("=")
+        if not count.isdecimal():
+            raise UserError(f"--per-layer {text} is not a number of groups, or NAME=NUMBER.")
+        names = [name.replace("-", "_")] if name else list(info.linear)
+        if not names:
+            raise UserError(f"{info.name} has no coefficient of its own: name a setting, --per-layer NAME={count}.")
+        found |= dict.fromkeys(names, int(count))
+    return found
+
+
+def _check_kept(info: MethodInfo, dimensions: Sequence[Dimension], objectives: Sequence[str], family: Family) -> None:
+    """Refuse what cannot work with a method that keeps something per task, or without a base."""
+    if info.extra_bits and (grouped := next((d for d in dimensions if d.patterns), None)):
+        raise UserError(
+            f"{grouped.setting} cannot differ between weights: '{info.name}' keeps one rescaler per task. "
+            "Drop --per-layer and the pattern."
+        )
+    if "size" in objectives and (info.extra_bits or not family.has_base):
+        why = "keeps masks beside its weights" if info.extra_bits else "is given no base to compare with"
+        raise UserError(f"--objective size counts the weights that a merge changes, but '{info.name}' {why}.")
+
+
+def _described(d: Dimension) -> Any:
+    return list(d.words) if d.kind == "word" else [d.low, d.high, d.step]
+
+
+def told(prepared: Prepared) -> dict[str, Any]:
+    """A search as a study keeps it, so that any machine with the same folders can join."""
+    lab, job, family = prepared.lab, prepared.job, prepared.family
+    merge = {**asdict(job.merge), "base": _place(family.base) if family.has_base else None}
+    given = [name for name, _ in job.merge.experts]
+    merge["experts"] = [[name, _place(expert)] for name, expert in zip(given, family.experts.values(), strict=True)]
+    places = {"data": lab.data, "own_tasks": lab.own_tasks}
+    where = {key: None if path is None else str(path.absolute()) for key, path in places.items()}
+    config = prepared.config
+    return {
+        "job": {**asdict(job), "merge": merge, "study": prepared.study},
+        "seed": lab.seed,
+        "models": [config["inputs"], config["tasks"]],
+        **where,
+    }
+
+
+def _place(model: Any) -> str:
+    """Where a model lies, for other processes: a folder in full, a hub id as it is."""
+    return str(model.folder.absolute()) if Path(model.ref).exists() or "/" not in model.ref else str(model.ref)
+
+
+def heard(lab: Lab, facts: Mapping[str, Any], *, shared: bool) -> Prepared:
+    """Make a search that another process told ready here; other models or rows than there are refused.
+
+    `shared` says that the leader is on this machine and clears away what its workers share.
+    """
+    job, merge = dict(facts["job"]), dict(facts["job"]["merge"])
+    recipe = dict(merge.pop("recipe"))
+    recipe["refine"] = tuple((name, given) for name, given in recipe["refine"])
+    experts = tuple((task, ref) for task, ref in merge.pop("experts"))
+    job = {key: tuple(value) if isinstance(value, list) else value for key, value in job.items()}
+    job["merge"] = MergeJob(Recipe(**recipe), experts, **merge)
+    job["workers"] = job["workers"] if shared else 1
+    lab = replace(
+        lab,
+        seed=facts["seed"],
+        data=lab.data or _path(facts["data"]),
+        own_tasks=lab.own_tasks or _path(facts["own_tasks"]),
+    )
+    prepared = prepare(lab, SearchJob(**job))
+    config = prepared.config
+    if [config["inputs"], config["tasks"]] != facts["models"]:
+        raise UserError("The models or tasks of this search are others here than where it was begun.")
+    return prepared
+
+
+def _path(text: str | None) -> Path | None:
+    return None if text is None else Path(text)

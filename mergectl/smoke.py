@@ -1,0 +1,77 @@
+"""Try a pipeline in seconds and offline: a tiny model with fresh weights, and the tasks' own two sample rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergectl.errors import UserError
+
+if TYPE_CHECKING:
+    from mergectl.benchmarks._contract import Task
+
+ROWS = 64  # per split: enough for a split of which 32 rows tune and the rest reports
+SPECIAL = ("<pad>", "</s>", "<unk>")
+
+
+def write_rows(folder: Path, tasks: Sequence[Task]) -> None:
+    """Write every split of the tasks as a data folder, each filled with the task's samples in turn."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for task in tasks:
+        for split in {part.split for part in task.parts.values()} if task.make is None else ():
+            path = folder / task.source / task.config / f"{split}.parquet"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pq.write_table(pa.Table.from_pylist([dict(task.samples[row % 2]) for row in range(ROWS)]), path)
+
+
+def make_base(folder: Path, config: Mapping[str, Any], tasks: Sequence[Task], seed: int) -> None:
+    """Write a model of this configuration with seeded fresh weights, and a tokenizer of the words in the samples."""
+    from mergectl.models import model_config, new_model, open_source, quiet
+    from mergectl.naming import is_writer
+
+    if any(task.kind == "image_classification" for task in tasks):
+        raise UserError("A smoke run makes models for texts only, and this pipeline has a task on images.")
+    folder.mkdir(parents=True, exist_ok=True)
+    size = _save_tokenizer(folder, _texts(tasks))
+    facts = {"pad_token_id": 0, "eos_token_id": 1, **config, "vocab_size": size}
+    (folder / "config.json").write_text(json.dumps(facts), encoding="utf-8")
+    model = new_model(model_config(open_source(folder), tasks[0]), tasks[0], seed)
+    with quiet():
+        (model if is_writer(model) else getattr(model, model.base_model_prefix)).save_pretrained(folder)
+
+
+def _texts(tasks: Sequence[Task]) -> list[str]:
+    """All that the samples say, in the words of all templates."""
+    found = []
+    for task in tasks:
+        for sample in task.samples:
+            found += [str(sample[name]) for name in task.inputs]
+            for template in task.templates:
+                text, answers = template.ask(sample)
+                found += [text, *answers]
+    return found
+
+
+def _save_tokenizer(folder: Path, texts: Iterable[str]) -> int:
+    """Save a tokenizer that knows the words of these texts; return how many tokens it has."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    split = pre_tokenizers.Whitespace()
+    words = sorted({word for text in texts for word, _ in split.pre_tokenize_str(text)})
+    core = Tokenizer(models.WordLevel({word: n for n, word in enumerate([*SPECIAL, *words])}, unk_token=SPECIAL[2]))
+    core.pre_tokenizer = split
+    core.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
+    )
+    pad, end, unknown = SPECIAL
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token=pad, eos_token=end, sep_token=end, unk_token=unknown,
+        model_input_names=["input_ids", "attention_mask"],
+    )  # fmt: skip
+    tokenizer.save_pretrained(folder)
+    return len(tokenizer)

@@ -1,0 +1,196 @@
+"""`report --study`: a search's history, which settings mattered, what each value gave, and its Pareto front."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from mergectl.errors import UserError
+from mergectl.lab import Lab
+from mergectl.report import as_text
+from mergectl.studies import close, load_study
+from mergectl.terminal import print_table
+from mergectl.trials import directions
+
+if TYPE_CHECKING:
+    import optuna
+
+BINS = 5  # into which the values of a number are sorted
+
+
+def show_study(lab: Lab, name: str, storage: str | None, form: str) -> None:
+    """Print what a study holds, as tables, JSON, or its history as CSV or Markdown."""
+    study = load_study(lab.folder / "optuna", name, where=storage)
+    try:
+        found = document(study)
+    finally:
+        close(study)
+    if form == "json":
+        print(json.dumps(found, indent=2, ensure_ascii=False, default=str))
+    elif form in ("csv", "md"):
+        from mergectl.store import Table
+
+        columns = list(found["history"][0]) if found["history"] else ["candidate"]
+        rows = [tuple(_flat(row[column]) for column in columns) for row in found["history"]]
+        print(as_text(Table(columns, rows), form))
+    else:
+        _print(found)
+
+
+def _flat(value: Any) -> Any:
+    return json.dumps(value) if isinstance(value, dict) else value
+
+
+def document(study: optuna.Study) -> dict[str, Any]:
+    """All that is shown, fit for JSON."""
+    facts = study.user_attrs
+    objectives = list(facts.get("objectives", ["mean"]))
+    trials = sorted(
+        (trial for trial in study.get_trials(deepcopy=False) if "candidate" in trial.user_attrs),
+        key=lambda trial: (trial.user_attrs["candidate"], trial.number),
+    )
+    return {
+        "study": study.study_name,
+        "searched_on": facts.get("searched_on", "tune"),
+        "objectives": objectives,
+        "states": _states(trials),
+        "history": _history(trials, objectives),
+        "importance": {name: _importance(study, place) for place, name in enumerate(objectives)},
+        "importance_by": "PED-ANOVA",
+        "slices": _slices(trials, objectives),
+        "front": [trial.user_attrs["candidate"] for trial in _best(study, trials)],
+        "refused": _refused(trials),
+    }
+
+
+def _states(trials: Sequence[Any]) -> dict[str, int]:
+    from collections import Counter
+
+    words = [
+        "refused" if "refused" in trial.user_attrs else "lost" if trial.user_attrs.get("lost")
+        else {"COMPLETE": "finished", "PRUNED": "stopped early", "FAIL": "interrupted"}.get(trial.state.name, "open")
+        for trial in trials
+    ]  # fmt: skip
+    return dict(Counter(words))
+
+
+def _history(trials: Sequence[Any], objectives: Sequence[str]) -> list[dict[str, Any]]:
+    """The finished trials in their order, with the best up to each."""
+    signs = [-1.0 if way == "minimize" else 1.0 for way in directions(objectives)]
+    best, rows = float("-inf"), []
+    for trial in trials:
+        if trial.state.name != "COMPLETE":
+            continue
+        merit = signs[0] * trial.values[0]
+        best = max(best, merit)
+        rows.append(
+            {
+                "candidate": trial.user_attrs["candidate"],
+                **dict(zip(objectives, trial.values, strict=True)),
+                f"best {objectives[0]}": signs[0] * best,
+                "seconds": trial.user_attrs.get("seconds"),
+                "scores": dict(trial.user_attrs.get("scores", {})),
+                "settings": dict(trial.params),
+            }
+        )
+    return rows
+
+
+def _importance(study: optuna.Study, place: int) -> dict[str, float] | None:
+    """How much of the difference between trials each setting explains; None where there is too little to tell."""
+    import optuna
+
+    try:
+        found = optuna.importance.get_param_importances(study, target=lambda trial: float(trial.values[place]))
+    except (ValueError, RuntimeError):  # fewer than two trials, or all alike
+        return None
+    return {name: float(share) for name, share in found.items()}
+
+
+def _slices(trials: Sequence[Any], objectives: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """For each setting, what the trials with a value in each fifth of its range, or with each word, scored."""
+    done = [trial for trial in trials if trial.state.name == "COMPLETE"]
+    found = {}
+    for name in dict.fromkeys(name for trial in done for name in trial.params):
+        groups: dict[Any, list[float]] = {}
+        own = [trial for trial in done if name in trial.params]
+        for trial in own:
+            groups.setdefault(_bin(trial, name), []).append(trial.values[0])
+        found[name] = [
+            {"value": label, "trials": len(values), f"mean {objectives[0]}": sum(values) / len(values),
+             "lowest": min(values), "highest": max(values)}
+            for label, values in ((groups_of, groups[groups_of]) for groups_of in sorted(groups, key=_order))
+        ]  # fmt: skip
+    return found
+
+
+def _bin(trial: Any, name: str) -> str:
+    kind, value = trial.distributions[name], trial.params[name]
+    if not hasattr(kind, "low") or kind.low == kind.high:
+        return str(value)
+    place = min(int((value - kind.low) / (kind.high - kind.low) * BINS), BINS - 1)
+    low, high = (kind.low + (kind.high - kind.low) * edge / BINS for edge in (place, place + 1))
+    return f"{low:.4g} to {high:.4g}"
+
+
+def _order(label: str) -> tuple[bool, float, str]:
+    """Numbers by their size, then words."""
+    try:
+        return False, float(label.partition(" to ")[0]), label
+    except ValueError:
+        return True, 0.0, label
+
+
+def _best(study: optuna.Study, trials: Sequence[Any]) -> list[Any]:
+    """The Pareto front; of one objective the best trial."""
+    numbers = {trial.number for trial in study.best_trials}
+    front = [trial for trial in trials if trial.number in numbers]
+    return front if len(study.directions) > 1 else front[:1]
+
+
+def _refused(trials: Sequence[Any]) -> list[dict[str, Any]]:
+    return [
+        {"candidate": trial.user_attrs["candidate"], "settings": dict(trial.params), "why": trial.user_attrs["refused"]}
+        for trial in trials
+        if "refused" in trial.user_attrs
+    ]
+
+
+def _print(found: dict[str, Any]) -> None:
+    if not found["states"]:
+        raise UserError(f"The study '{found['study']}' holds no trial of a search.")
+    states = ", ".join(f"{count} {word}" for word, count in found["states"].items())
+    print(f"Study {found['study']}: {states}; searched on '{found['searched_on']}'.")
+    if found["searched_on"] == "report":
+        print("This search chose by 'report': scores on it are no fair test of what it found.")
+    objectives, best = found["objectives"], f"best {found['objectives'][0]}"
+    rows = [
+        (row["candidate"], *(row[name] for name in objectives), row[best], row["seconds"], _words(row["settings"]))
+        for row in found["history"]
+    ]
+    print_table("History", ("trial", *objectives, best, "seconds", "settings"), rows)
+    for name, shares in found["importance"].items():
+        if shares:
+            print_table(f"Importance for {name} ({found['importance_by']})", ("setting", "share"), list(shares.items()))
+    for name, rows_of in found["slices"].items():
+        if rows_of:
+            print_table(f"Values of {name}", tuple(rows_of[0]), [tuple(row.values()) for row in rows_of])
+    _print_front(found)
+    if found["refused"]:
+        rows = [(row["candidate"], row["why"], _words(row["settings"])) for row in found["refused"]]
+        print_table("Refused", ("trial", "why", "settings"), rows, left=3)
+
+
+def _print_front(found: dict[str, Any]) -> None:
+    if not found["front"]:
+        return
+    objectives = found["objectives"]
+    chosen = [row for row in found["history"] if row["candidate"] in found["front"]]
+    rows = [(row["candidate"], *(row[name] for name in objectives), _words(row["settings"])) for row in chosen]
+    title = "Best" if len(objectives) == 1 else "Pareto front"
+    print_table(title, ("trial", *objectives, "settings"), rows)
+
+
+def _words(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in settings.items())

@@ -1,0 +1,86 @@
+"""Whose tokens the rows of embeddings and heads stand for, by the tokenizers beside the models.
+
+A merge goes row by row, so it is well defined where a row means the same token in all models.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+
+from mergectl.errors import UserError
+from mergectl.refs import Cut, Ref
+from mergectl.tokens import TOKENS, token_dim
+from mergectl.weights import Checkpoint, read_json
+
+Vocabulary = dict[int, str]
+
+
+def rows_of(model: Checkpoint) -> int:
+    """How many tokens a model has rows for."""
+    shapes = [model.shape(name) for name in model.names if TOKENS.search(name)]
+    return max((shape[token_dim(shape)] for shape in shapes if shape), default=0)
+
+
+def vocabulary(model: Checkpoint) -> Vocabulary | None:
+    """A model's tokens by number, as far as it has rows for them; None where no file tells."""
+    folder, found = model.folder, None
+    if (folder / "tokenizer.json").exists():
+        content = read_json(folder / "tokenizer.json")
+        listed = (content.get("model") or {}).get("vocab") or {}
+        pairs = listed.items() if isinstance(listed, Mapping) else ((row[0], n) for n, row in enumerate(listed))
+        found = {number: token for token, number in pairs}
+        found |= {row["id"]: row["content"] for row in content.get("added_tokens") or ()}
+    elif (folder / "vocab.json").exists():
+        found = {number: token for token, number in read_json(folder / "vocab.json").items()}
+    elif (folder / "vocab.txt").exists():
+        found = dict(enumerate((folder / "vocab.txt").read_text(encoding="utf-8").splitlines()))
+    rows = rows_of(model)
+    return None if found is None else {number: token for number, token in found.items() if number < rows}
+
+
+def check_rows(models: Sequence[Checkpoint], word: str) -> None:
+    """Refuse models in which one row stands for different tokens; a model that has no vocabulary is taken as equal."""
+    seen: dict[int, tuple[str, str]] = {}  # row -> token, and the first model that has it
+    for model in models:
+        found = vocabulary(model) or {}
+        odd = next((row for row in sorted(found) if row in seen and seen[row][0] != found[row]), None)
+        if odd is not None:
+            token, who = seen[odd]
+            raise UserError(
+                f"tokenizer_source {word}: row {odd} stands for {json.dumps(token)} in {who} and for "
+                f"{json.dumps(found[odd])} in {model.ref}. Only models whose rows mean the same tokens are merged."
+            )
+        seen = {row: (token, model.ref) for row, token in found.items()} | seen
+
+
+def check_union(base: Checkpoint | None, experts: Sequence[Checkpoint]) -> None:
+    """Refuse models whose vocabularies have no union: where one has all tokens of the others, that is it."""
+    models = [*([] if base is None else [base]), *experts]
+    check_rows(models, "union")
+    most = max(experts, key=rows_of)
+    lender = base if base is not None and rows_of(base) >= rows_of(most) else most
+    whole = vocabulary(lender)
+    for model in models:
+        found = vocabulary(model)
+        if found is None or whole is None:
+            if rows_of(model) != rows_of(lender):
+                raise UserError(f"tokenizer_source union: {model.ref} has no vocabulary that could be compared.")
+            continue
+        if extra := sorted(found.keys() - whole.keys()):
+            raise UserError(
+                f"tokenizer_source union: {model.ref} has the token {json.dumps(found[extra[0]])}, which "
+                f"{lender.ref}, with the most rows, has not. A tokenizer of several is not built."
+            )
+        if lacking := sorted(n for n in whole.keys() - found.keys() if n < rows_of(model)):
+            raise UserError(
+                f"tokenizer_source union: row {lacking[0]} stands for {json.dumps(whole[lacking[0]])} in {lender.ref} "
+                f"and for nothing in {model.ref}."
+            )
+
+
+def with_base_tokens(model: Ref, opened: Checkpoint, base: Checkpoint) -> Ref:
+    """A model with no rows beyond those of the base."""
+    if isinstance(model, Cut) or not rows_of(opened) > rows_of(base) > 0:
+        return model
+    return Cut(model, rows_of(base))
