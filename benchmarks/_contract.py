@@ -43,6 +43,7 @@ class Part:
     seed: int | None = None  # None: the rows in their own order; a number: NumPy's RandomState(seed).permutation
     instead: tuple[str, ...] = ()  # splits read, in this order, where the source has no `split`; `Rows.split` tells
     take: Take | None = None
+    tail: int | None = None  # at most so many rows lie behind a cut inside the split
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,8 @@ class Task:
     files: Mapping[Use, str] = field(default_factory=dict)  # the user's own files (suite `files`)
     templates: tuple[Template, ...] = ()  # for text_to_text: the first is the usual one
     pool: Literal["first", "median"] = "first"  # scored by the first template, or by all, and the median counts
+    prompts: tuple[str, ...] = ()  # for images: what CLIP reads of a class, which stands for {}
+    words: tuple[str, ...] = ()  # what stands for {}, label by label, where not the label; "happy|smiling" is both
     suite: str = ""  # filled in by the lab
 
     @property
@@ -100,7 +103,9 @@ def tune_few(fit: str, *, cut: str, rows: int = 32, seed: int = 42, report: str 
     return {"fit": Part(fit), "tune": Part(cut, take=Take("first", rows, seed)), "report": rest}
 
 
-def tune_share(split: str = "train", *, report: str, seed: int = 0, instead: tuple[str, ...] = ()) -> dict[Use, Part]:
-    """Return the usual parts: 90 % of `split` to fit, its other 10 % to tune, another split to report."""
-    fit, tune = Part(split, 0.0, 0.9, seed), Part(split, 0.9, 1.0, seed)
+def tune_share(
+    split: str = "train", *, report: str, seed: int = 0, instead: tuple[str, ...] = (), tail: int | None = None
+) -> dict[Use, Part]:
+    """Return the usual parts: 90 % of `split` to fit, its other 10 % to tune (at most `tail`), another to report."""
+    fit, tune = Part(split, 0.0, 0.9, seed, tail=tail), Part(split, 0.9, 1.0, seed, tail=tail)
     return {"fit": fit, "tune": tune, "report": Part(report, instead=instead)}

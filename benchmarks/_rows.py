@@ -64,7 +64,7 @@ def choose(count: int, part: Part, limit: int | None, seed: int) -> list[int]:
     import numpy as np
 
     order = np.arange(count) if part.seed is None else np.random.RandomState(part.seed).permutation(count)
-    order = order[int(part.start * count) : int(part.stop * count)]
+    order = order[_cut(part.start, count, part.tail) : _cut(part.stop, count, part.tail)]
     if part.take is not None:
         order = order[_taken(len(order), part.take)]
     if limit is not None and limit < 1:
@@ -72,6 +72,12 @@ def choose(count: int, part: Part, limit: int | None, seed: int) -> list[int]:
     if limit is not None and limit < len(order):
         order = order[np.random.default_rng(seed).permutation(len(order))[:limit]]
     return [int(row) for row in order]
+
+
+def _cut(share: float, count: int, tail: int | None) -> int:
+    """Return the row before which a share ends."""
+    place = int(share * count)
+    return place if tail is None or not 0 < share < 1 else max(place, count - tail)
 
 
 def _taken(count: int, take: Take) -> list[int]:
@@ -118,7 +124,7 @@ def _labelled(
 ) -> tuple[dict[str, list[Any]], list[Any], list[int]]:
     """Turn the label column into ids or numbers and leave out the rows without a label."""
     declared = (table.classes or {}).get(task.label, ())
-    names = declared if set(declared) == set(task.labels) else ()  # the file's own order of the same labels
+    names = _own_order(task, declared)
     values = zip(columns[task.label], rows, strict=True)
     labels = [label_id(task, value, row, table.place, names) for value, row in values]
     kept = [i for i, label in enumerate(labels) if task.kind == "regression" or label >= 0]
@@ -129,6 +135,19 @@ def _labelled(
         [labels[i] for i in kept],
         [rows[i] for i in kept],
     )
+
+
+def _own_order(task: Task, declared: Sequence[str]) -> Sequence[str]:
+    """Return the task's labels in the order that a file declares, if those are its labels; spelling matters little."""
+    if set(declared) == set(task.labels):
+        return declared
+    ours = {_plain(name): name for name in task.labels}
+    found = tuple(ours.get(_plain(name), "") for name in declared)
+    return found if len(found) == len(ours) and set(found) == set(task.labels) else ()
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", " ").replace("-", " ")
 
 
 def label_id(task: Task, value: Any, row: int, place: str, names: Sequence[str] = ()) -> int | float:

@@ -45,8 +45,7 @@ def new_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
     work.mkdir()
     try:
         yield work
-        for path in [p for p in work.rglob("*") if p.is_file()] + [work]:
-            sync(path)
+        sync_all(work)
         _swap(work, out)
     except OSError as error:
         if error.errno in FULL:
@@ -98,6 +97,12 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def sync_all(folder: Path) -> None:
+    """Make a folder and all that is in it durable."""
+    for path in [p for p in folder.rglob("*") if p.is_file()] + [folder]:
+        sync(path)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -20,7 +20,7 @@ from mergectl.headers import WORD_TO_TORCH
 if TYPE_CHECKING:
     import torch
 
-LENGTH = 1 << 17  # elements: half a MiB in float32
+LENGTH = 1 << 18  # elements: a MiB in float32
 
 
 @dataclass(frozen=True)

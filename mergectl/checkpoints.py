@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from mergectl import open_clip
 from mergectl.adapters import AdapterCheckpoint
 from mergectl.errors import UserError
 from mergectl.refs import Cut, Ref, Stack
@@ -66,15 +67,22 @@ def download(ref: str) -> Path:
 
 
 def open_checkpoint(ref: Ref | Path, find_run: Callable[[str], Path | None] | None = None) -> Checkpoint:
-    """Open a model by folder, run id or hub id. Adapters and stacks of layers open as the full model they stand for."""
+    """Open a model by folder, run id or hub id, or a file of open_clip weights.
+
+    Adapters and stacks of layers open as the full model they stand for.
+    """
     if isinstance(ref, Cut):
         return CutTokens(ref, open_checkpoint(ref.model, find_run))
     if isinstance(ref, Stack):
         return Stacked(ref, lambda model: open_checkpoint(model, find_run))
+    path = Path(ref).expanduser()
+    if path.suffix in open_clip.FILES and path.is_file():
+        return open_clip.opened(path, str(ref))
     folder = find_folder(ref, find_run)
     if (folder / "adapter_config.json").exists() and not any((folder / name).exists() for name in (SINGLE, INDEX)):
         return AdapterCheckpoint(folder, str(ref), lambda base: open_checkpoint(base, find_run))
-    return Checkpoint(folder, str(ref))
+    found = Checkpoint(folder, str(ref))
+    return open_clip.VisionTower(folder, str(ref)) if open_clip.is_bare(found) else found
 
 
 load_checkpoint = open_checkpoint

@@ -13,6 +13,7 @@ import typer
 
 from mergectl.errors import UserError, did_you_mean
 from mergectl.lab import Lab
+from mergectl.legacy import modern
 from mergectl.options import command, given_settings, setting_options
 from mergectl.publish import Target
 from mergectl.search_command import search
@@ -20,6 +21,7 @@ from mergectl.words import Base, Batch, Dtype, Experts, Force, Limit, On, Out, R
 
 if TYPE_CHECKING:
     from mergectl.layer_maps import LayerMap
+    from mergectl.merge_scores import Scoring
 
 ShardSize = Annotated[
     str | None, typer.Option("--shard-size", help="Largest file of the result, as 500MB; default 5GB.")
@@ -46,7 +48,7 @@ def known_merger(word: str) -> str:
     """A method's name as its file has it, or a refusal that names the nearest."""
     from mergectl.settings import names, problems, refinements
 
-    name = word.replace("-", "_")
+    name = modern(word).replace("-", "_")
     for sentence in problems():
         if f"'{name}'" in sentence and name in names():
             warnings.warn(sentence, stacklevel=2)
@@ -96,22 +98,30 @@ def merge(
     shard_size: ShardSize = None,
     push: Push = None,
     public: Public = False,
+    tasks: Annotated[
+        list[str] | None, typer.Option("--eval", help="Score the result on these tasks or suites; several may follow.")
+    ] = None,
+    out_file: Annotated[
+        Path | None, typer.Option("--out-file", help="With --eval: add models, method and scores to this text file.")
+    ] = None,
     force: Force = False,
     **values: Any,
 ) -> None:
     """Merge experts by a method."""
     from mergectl.families import named
     from mergectl.layer_maps import parse
+    from mergectl.merge_scores import Scoring
     from mergectl.settings import settings_of
 
     settings = given_settings(values, settings_of(method))
     target, layers = Target(out, force, shard_size, push, public), parse(layer_map or (), depth)
-    _merge(lab, method, settings, named(experts), base, refine or [], dtype, export, target, layers)
+    scoring = Scoring(tuple(tasks or ()), out_file)
+    _merge(lab, method, settings, named(experts), base, refine or [], dtype, export, target, layers, scoring)
 
 
 def _merge(
     lab: Lab, method: str, settings: Mapping[str, Any], experts: Any, base: str | None, refine: Any, dtype: str,
-    export: str | None, target: Target, layers: LayerMap,
+    export: str | None, target: Target, layers: LayerMap, scoring: Scoring | None = None,
 ) -> None:  # fmt: skip
     from mergectl.layer_maps import mapped
     from mergectl.merge import DTYPES, MergeJob
@@ -126,8 +136,12 @@ def _merge(
     origin, models = mapped(base, tuple(experts), layers, lab.find_run)
     job = MergeJob(recipe, models, origin, dtype, export, size)
     assert target.out is not None
+    if scoring is not None:
+        scoring.check(lab)
     result = merge_models(lab, job, target.out, force=target.force) | target.finish()
-    lab.terminal.give(result, lambda: print(f"{result['out']}  (run {result['run']})"))
+    scores = {} if scoring is None else scoring.finish(lab, job, result)
+    lines = [f"{result['out']}  (run {result['run']})", *(f"{t}  {100 * s:.1f}" for t, s in scores.get("tasks", {}).items())]
+    lab.terminal.give(result | scores, lambda: print("\n".join(lines)))
 
 
 def merge_recipe(lab: Lab, path: Path, target: Target, *, keep_seed: bool = False) -> None:

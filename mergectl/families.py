@@ -12,6 +12,7 @@ from mergectl.adapters import AdapterCheckpoint
 from mergectl.checkpoints import Checkpoint, open_checkpoint
 from mergectl.errors import UserError
 from mergectl.lineup import Population, headed_prefix, line_up
+from mergectl.open_clip import VisionTower
 from mergectl.refs import Ref
 from mergectl.settings import describe
 from mergectl.stacking import CutTokens, Stacked
@@ -83,7 +84,8 @@ def open_family(
     base = open_checkpoint(base_ref, find_run) if base_ref else opened[0][1]
     population = line_up(base, by_task)
     stacked = {model.note(): None for model in (base, *by_task.values()) if isinstance(model, Stacked | CutTokens)}
-    population = replace(population, notes=(*stacked, *population.notes))
+    fused = [model.note() for model in (base, *by_task.values()) if isinstance(model, VisionTower) and model.fused]
+    population = replace(population, notes=(*stacked, *fused, *population.notes))
     known = {
         short: task if "/" in task else expert.task or task
         for short, task, (_, expert) in zip(shorts, ids, opened, strict=True)

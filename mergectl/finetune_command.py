@@ -10,6 +10,8 @@ import typer
 from mergectl.errors import UserError
 from mergectl.lab import Lab
 
+OWNERSHIP = "For medusa"
+
 
 def finetune(
     lab: Lab,
@@ -28,6 +30,7 @@ def finetune(
     accumulation: Annotated[int, typer.Option(min=1, help="Batches per optimiser step.")] = 1,
     weight_decay: Annotated[float, typer.Option(min=0, help="AdamW weight decay.")] = 0.01,
     warmup: Annotated[float, typer.Option(min=0, max=1, help="Share of the steps that warm up.")] = 0.06,
+    warmup_steps: Annotated[int | None, typer.Option(min=1, help="Steps that warm up, instead of a share.")] = None,
     scheduler: Annotated[str, typer.Option(help="linear, cosine or constant.")] = "linear",
     max_length: Annotated[
         int | None, typer.Option(min=8, help="Longest text in tokens; default 128, for text-to-text 512.")
@@ -37,11 +40,53 @@ def finetune(
     alpha: Annotated[float, typer.Option(min=0, help="LoRA's alpha.")] = 16.0,
     dropout: Annotated[float, typer.Option(min=0, max=1, help="LoRA's dropout.")] = 0.0,
     targets: Annotated[str, typer.Option(help="Modules that get adapters: q_proj,v_proj; default: by model.")] = "",
-    bf16: Annotated[bool, typer.Option("--bf16", help="Train in bfloat16 autocast.")] = False,
+    bf16: Annotated[bool, typer.Option("--bf16", "--mixed", help="Train in bfloat16 autocast.")] = False,
     patience: Annotated[int | None, typer.Option(min=1, help="Stop after so many evaluations without gain.")] = None,
     eval_every: Annotated[
         int | None, typer.Option(min=1, help="Evaluate every so many steps instead of each epoch.")
     ] = None,
+    order: Annotated[str, typer.Option(help="shuffled, or sequential: the rows as the data have them.")] = "shuffled",
+    max_grad_norm: Annotated[float, typer.Option(min=0, help="Longest gradient; 0: any length.")] = 1.0,
+    model_dropout: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Dropout of the model; default: as its configuration says.")
+    ] = None,
+    preset: Annotated[
+        str, typer.Option(help="Published settings: medusa, by task; your own options go before.")
+    ] = "none",
+    tiny_sample: Annotated[
+        bool, typer.Option("--tiny-sample", help="With a preset: an eighth of its epochs at twice the rate.")
+    ] = False,
+    smaller_batch: Annotated[
+        int, typer.Option(min=1, help="Cut each batch into so many parts, with the same result.")
+    ] = 1,
+    purpose: Annotated[
+        str, typer.Option("--for", help="none, or medusa: experts that own disjoint parts of the model.")
+    ] = "none",
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--against",
+            help="For medusa: finished models not to be opposed; several may follow.",
+            rich_help_panel=OWNERSHIP,
+        ),
+    ] = None,
+    mask: Annotated[
+        str, typer.Option(help="soft, hard, half or reference: how owners are found.", rich_help_panel=OWNERSHIP)
+    ] = "soft",
+    top_k: Annotated[
+        float | None,
+        typer.Option(
+            help="Percent of each weight that a task may want; default 87.5, for adapters 100.",
+            rich_help_panel=OWNERSHIP,
+        ),
+    ] = None,
+    prepass_epochs: Annotated[
+        float,
+        typer.Option(min=0, help="Length of the short training that shows who wants what.", rich_help_panel=OWNERSHIP),
+    ] = 1.0,
+    unowned: Annotated[
+        str, typer.Option(help="What no task wants: freeze it, or leave it to the first.", rich_help_panel=OWNERSHIP)
+    ] = "freeze",
     limit_fit: Annotated[int | None, typer.Option(min=1, help="At most so many fit rows.")] = None,
     limit_tune: Annotated[int | None, typer.Option(min=1, help="At most so many tune rows.")] = None,
     grid: Annotated[
@@ -51,27 +96,40 @@ def finetune(
     force: Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")] = False,
 ) -> None:
     """Fine-tune one expert per task; the best epoch by the tune split is kept."""
-    from mergectl.grid import finetune_grid, read_grid
+    from mergectl.experts import train
+    from mergectl.grid import read_grid
+    from mergectl.medusa import OWN_OPTIONS, MedusaJob
     from mergectl.terminal import print_table
 
     options = {
         "epochs": epochs, "max_steps": max_steps, "lr": lr, "batch_size": batch_size, "accumulation": accumulation,
-        "weight_decay": weight_decay, "warmup": warmup, "scheduler": scheduler, "max_length": max_length, "peft": peft,
-        "rank": rank, "alpha": alpha, "dropout": dropout, "bf16": bf16,
+        "weight_decay": weight_decay, "warmup": warmup, "warmup_steps": warmup_steps, "scheduler": scheduler,
+        "max_length": max_length, "peft": peft, "rank": rank, "alpha": alpha, "dropout": dropout, "bf16": bf16,
         "targets": tuple(filter(None, targets.split(","))),
         "patience": patience, "eval_every": eval_every, "limit_fit": limit_fit, "limit_tune": limit_tune,
+        "order": order, "max_grad_norm": max_grad_norm, "model_dropout": model_dropout,
     }  # fmt: skip
+    if preset != "none":  # it says what the command line does not
+        options = {name: value for name, value in options.items() if _typed(ctx, name)}
+    options |= {"preset": preset, "tiny_sample": tiny_sample, "smaller_batch": smaller_batch}
     varied = read_grid(grid or [])
     _refuse_both(ctx, varied)
-    results = finetune_grid(lab, tasks, base, out, options, varied, force=force)
+    job = MedusaJob(tuple(against or ()), mask, top_k, prepass_epochs, unowned)
+    typed = [name for name in OWN_OPTIONS if _typed(ctx, name)]
+    results = train(lab, tasks, base, out, options, purpose, job, typed, varied, force=force)
     rows = [(r["task"], r["out"], r.get("score"), r["run"]) for r in results]
     lab.terminal.give(results, lambda: print_table("Experts", ("task", "folder", "tune score", "run"), rows, left=2))
+
+
+def _typed(ctx: typer.Context, name: str) -> bool:
+    """Whether an option stands on the command line."""
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _refuse_both(ctx: typer.Context, grid: dict[str, Any]) -> None:
     """Refuse a setting that has both values in the grid and one of its own."""
     for name in grid:
-        source = ctx.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
+        if _typed(ctx, name):
             option = name.replace("_", "-")
             raise UserError(f"'{name}' is given by --{option} and by --grid. Leave out --{option}.")

@@ -23,6 +23,7 @@ class FinetuneConfig:
     batch_size: int = 16
     weight_decay: float = 0.01
     warmup: float = 0.06  # share of all steps
+    warmup_steps: int | None = None  # their number, instead of the share
     scheduler: str = "linear"
     max_length: int | None = None  # tokens of a text; None: 128, for text-to-text 512
     seed: int = 0
@@ -70,6 +71,7 @@ _RANGES: tuple[tuple[str, float, float, str], ...] = (
     ("batch_size", 1, 10**6, "be at least 1"),
     ("weight_decay", 0, 10, "lie between 0 and 10"),
     ("warmup", 0, 0.99, "lie between 0 and 0.99: it is a share of all steps"),
+    ("warmup_steps", 1, _MANY, "be at least 1"),
     ("max_length", 4, 10**6, "be at least 4 tokens"),
     ("rank", 1, 4096, "lie between 1 and 4096"),
     ("alpha", 1e-6, 10**6, "be above 0"),

@@ -11,10 +11,11 @@ from typing import Any, get_args, get_type_hints
 from mergectl.errors import UserError, did_you_mean
 from mergectl.finetune_config import FinetuneConfig
 from mergectl.lab import Lab
+from mergectl.presets import plain
 from mergectl.verbs import Result, finetune_experts
 
 Grid = Mapping[str, Sequence[Any]]
-FIXED = ("task", "base", "device")  # what a population has in common, or names otherwise
+FIXED = ("task", "base", "device", "masks")  # what a population has in common, or names otherwise
 
 
 def read_grid(items: Sequence[str]) -> dict[str, tuple[Any, ...]]:
@@ -108,7 +109,7 @@ def finetune_grid(
     """
     every = points(grid)
     for point in every:
-        FinetuneConfig(task="", base="", **{"seed": lab.seed, **options, **point})
+        FinetuneConfig(task="", base="", **{"seed": lab.seed, **plain(options), **point})
     results: list[Result] = []
     for point in every:
         varied = {name: value for name, value in point.items() if name != "seed"}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergectl.checkpoints import Checkpoint, read_json
+from mergectl import clip
+from mergectl.checkpoints import Checkpoint, open_checkpoint, read_json
 from mergectl.errors import UserError
 from mergectl.live import LiveModel
 from mergectl.models import Source, empty_model, fill, model_config, open_source, pick_device, preparer_for, tie
@@ -35,20 +38,39 @@ def open_live(
     if not tasks:
         raise UserError("Name at least one task to evaluate on.")
     _one_kind(tasks)
+    weights = _completed(source.weights, source.meta, heads or {})
+    source = replace(source, weights=weights, config=weights.config)
     config = model_config(source, tasks[0])
     lengths = {task.id: max_length or _length(source, task, heads or {}) for task in tasks}
-    preparers = {length: preparer_for(source, config, tasks[0], length) for length in set(lengths.values())}
+    own = replace(source, folder=weights.settings_folder) if isinstance(weights, clip.Completed) else source
+    preparers = {length: preparer_for(own, config, tasks[0], length) for length in set(lengths.values())}
     preparer = preparers[lengths[tasks[0].id]]
     built = empty_model(config, tasks[0])
     if is_writer(built):
         tie(built, source)
-    unset = fill(built, source.weights, source.ref, with_head=is_writer(built))
+    unset = fill(built, weights, source.ref, with_head=is_writer(built))
     prefix = built.base_model_prefix
     live = LiveModel(built, preparer, pick_device(device), pooled={s for s in unset if is_backbone(s, prefix)})
-    live.unused = frozenset(match(source.weights, live_tensors(built), prefix)[1])
+    live.unused = frozenset(match(weights, live_tensors(built), prefix)[1])
     live.preparers = {task: preparers[length] for task, length in lengths.items()}
     add_heads(live, source, tasks, heads or {})
     return live
+
+
+def _completed(
+    weights: Checkpoint, meta: Mapping[str, Any], given: Mapping[str, str | Path | Checkpoint]
+) -> Checkpoint:
+    """Give a CLIP vision tower what it lacks, from the models that lend heads or from its base."""
+    return clip.completed(weights, _donors(meta, given)) if clip.is_zero_shot(weights.config) else weights
+
+
+def _donors(meta: Mapping[str, Any], given: Mapping[str, str | Path | Checkpoint]) -> Iterator[Checkpoint]:
+    for ref in given.values():
+        if (lender := open_source(ref).weights) is not None:
+            yield lender
+    if base := meta.get("base"):
+        with contextlib.suppress(UserError):  # it may lie elsewhere by now, and most tasks do without it
+            yield open_checkpoint(str(base))
 
 
 def _length(source: Source, task: Task, given: Mapping[str, str | Path | Checkpoint]) -> int | None:
@@ -87,6 +109,9 @@ def add_heads(
         if task.kind == "text_to_text":
             live.add_head(task, {})  # the model answers every such task as it is
             _put_masks(live, task, info)
+        elif clip.is_zero_shot(source.config) and not _brings_head(source, task, ref, info):
+            live.add_head(task, {clip.HEAD: _text_tower(source, ref).head(task)})
+            _put_masks(live, task, info)
         elif ref is not None:
             _from_expert(live, task, open_source(ref), info)
         elif info is not None:
@@ -97,6 +122,27 @@ def add_heads(
             raise UserError(_no_head(source, task, stored))
     if source.folder is not None and (source.folder / UNIFIED).exists():
         live.keep(open_safetensors(source.folder / UNIFIED))
+
+
+def _brings_head(
+    source: Source, task: Task, ref: str | Path | Checkpoint | None, info: Mapping[str, Any] | None
+) -> bool:
+    """Whether the expert, the merged folder or the CLIP model itself has a head for this task, ready made."""
+    if ref is not None:
+        return clip.HEAD in (open_source(ref).weights or ())
+    if info is not None:
+        path = Path(info["folder"]) / "head.safetensors"
+        return path.exists() and clip.HEAD in open_safetensors(path)
+    return source.weights is not None and clip.HEAD in source.weights and _is_own(source, task)
+
+
+def _text_tower(source: Source, ref: str | Path | Checkpoint | None) -> clip.TextTower:
+    """The text tower of the model that lends a head, if it has one, else of the model itself."""
+    lender = None if ref is None else open_source(ref).weights
+    if lender is not None and clip.has_texts(lender):
+        return clip.TextTower(lender)
+    assert source.weights is not None  # a live model has weights
+    return clip.TextTower(source.weights)
 
 
 def stored_heads(source: Source) -> dict[str, dict[str, Any]]:

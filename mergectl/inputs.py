@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mergectl import blocks
 from mergectl.blocks import Block, BlockReader
@@ -39,6 +39,15 @@ def is_floating(weights: Any, name: str) -> bool:
     return "FLOAT" in dtype or dtype.startswith(("F", "BF"))
 
 
+Room: TypeAlias = "Callable[[str, tuple[int, ...], torch.dtype, str], torch.Tensor]"
+
+
+def _fresh(use: str, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Tensor:
+    import torch
+
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
 class Inputs:
     """Base and experts of one merge, read weight by weight in float32; every weight is checked when first read.
 
@@ -57,6 +66,7 @@ class Inputs:
         self.shapes = {name: shape_of(self.first, name) for name in self.floating}
         self.blocks: dict[str, Block] = {}
         self.unchanged = set(self.tasks)
+        self.room: Room = _fresh  # where what is read is put
         self._seen: set[str] = set()
         self._last = threading.local()  # the base's weight that a thread read last
         self._readers = {id(model): BlockReader(model) for model in self._models()}
@@ -90,9 +100,9 @@ class Inputs:
     def _get(self, model: Weights, name: str) -> torch.Tensor:
         """Read a weight or a block as it is stored; it belongs to the model and is not to be changed."""
         stored = self._readers[id(model)].read(self.blocks[name]) if name in self.blocks else model[name].detach()
-        if self.device.startswith("cuda"):
-            stored = stored.pin_memory()  # torch keeps it until it has been copied
-        return stored.to(self.device, non_blocking=True)
+        if self.device == "cpu":
+            return stored.cpu()
+        return stored.pin_memory().to(self.device, non_blocking=True)  # torch keeps it until it has been copied
 
     def base_weight(self, name: str) -> torch.Tensor:
         """Read one weight of the base."""
@@ -109,11 +119,8 @@ class Inputs:
         import torch
 
         double = any(is_double(model, self._weight(name)) for model in self.experts.values())
-        result = torch.empty(
-            (len(self.tasks), *self.shapes[name]),
-            dtype=torch.float64 if double else torch.float32,
-            device=self.device,
-        )
+        shape = (len(self.tasks), *self.shapes[name])
+        result = self.room("weights", shape, torch.float64 if double else torch.float32, self.device)
         for row, expert in zip(result, self.experts.values(), strict=True):
             row.copy_(self._get(expert, name))
         if name not in self._seen:
@@ -125,7 +132,7 @@ class Inputs:
         import torch
 
         base = self.base_weight(name)
-        result = torch.empty((len(self.tasks), *base.shape), dtype=torch.float32, device=self.device)
+        result = self.room("deltas", (len(self.tasks), *base.shape), torch.float32, self.device)
         for delta, expert in zip(result, self.experts.values(), strict=True):
             stored = self._get(expert, name)
             if stored.dtype == base.dtype == torch.float32:

@@ -18,6 +18,8 @@ from mergectl.naming import OLD_SPELLINGS
 from mergectl.tied import repeated
 from mergectl.views import TOKENS, Grown, Renamed, grown
 
+TEXT_SIDE = re.compile(r"(clip\.)?(text_model\.|text_projection\.|logit_scale$)")  # of CLIP
+Hidden = frozenset[str]  # names that are not lined up
 HEADED = ("Classification", "QuestionAnswering", "MultipleChoice")
 
 
@@ -39,11 +41,12 @@ def line_up(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> Population:
     for checkpoint in (base, *experts.values()):
         if checkpoint.config.get("quantization_config"):
             raise UserError(f"{checkpoint.ref} is quantised, and only real numbers can be merged. Name the full model.")
-    strip = _own_prefix(base, list(experts.values()))
+    hidden = _frozen_texts(base, list(experts.values()))
+    strip = _own_prefix(base, list(experts.values()), hidden)
     views, heads = {}, {}
     for task, expert in experts.items():
-        views[task], heads[task] = _pair(base, strip, expert)
-    shared = _shared_names(base, strip, views)
+        views[task], heads[task] = _pair(base, strip, expert, hidden)
+    shared = _shared_names(base, strip, views, hidden)
     merged = {name: own for name, own in shared.items() if base.dtype(own) in FLOATING}
     _same_kinds(base, shared, experts, views)
     grown = _grown(base, merged, experts, views)
@@ -58,7 +61,9 @@ def line_up(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> Population:
     own_heads = {task: tuple(name for name in names if name not in copies[task]) for task, names in heads.items()}
     notes += [f"'{n}' of '{task}' only repeats '{of}': left out." for task in copies for n, of in copies[task].items()]
     notes += [f"'{n}' of the base repeats '{of}' and goes on to, as it is merged." for n, of in tied.items()]
-    if lone := [n for n in carried if n not in shared.values() and n not in tied]:
+    if hidden:
+        notes.append("The text tower makes the heads of a CLIP model. No expert changes it: kept from the base.")
+    if lone := [n for n in carried if n not in shared.values() and n not in tied and n not in hidden]:
         notes.append(f"No expert has {_some(lone)}: kept from the base.")
     tied |= {shared[name]: of for name, of in twice.items()}
     copies = {task: found | {views[task][name]: of for name, of in twice.items()} for task, found in copies.items()}
@@ -66,10 +71,29 @@ def line_up(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> Population:
     return Population(ours, by_task, own_heads, rest, tied, copies, tuple(notes))
 
 
-def _shared_names(base: Checkpoint, strip: str, views: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+def _frozen_texts(base: Checkpoint, experts: Sequence[Checkpoint]) -> Hidden:
+    """The text side of CLIP models, if no expert changes it: then a merge has nothing to do with it."""
+    import torch
+
+    if base.config.get("model_type") != "clip":
+        return frozenset()
+    ours = {name.removeprefix("clip."): name for name in base.names if TEXT_SIDE.match(name)}
+    found = set(ours.values())
+    for expert in experts:
+        for name in filter(TEXT_SIDE.match, expert.names):
+            own = ours.get(name.removeprefix("clip."))
+            if own is None or not torch.equal(base[own], expert[name]):
+                return frozenset()
+            found.add(name)
+    return frozenset(found)
+
+
+def _shared_names(
+    base: Checkpoint, strip: str, views: Mapping[str, Mapping[str, str]], hidden: Hidden
+) -> dict[str, str]:
     """Common name -> the base's own name, for the weights that every expert has."""
     shared = {}
-    for own, name in _common_names(base, strip).items():
+    for own, name in _common_names(base, strip, hidden).items():
         having = [task for task, view in views.items() if name in view]
         lacking = [task for task in views if task not in having]
         if having and lacking:
@@ -173,34 +197,35 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(f"'{name}'" for name in names[:3]) + more
 
 
-def _own_prefix(base: Checkpoint, experts: Sequence[Checkpoint]) -> str:
+def _own_prefix(base: Checkpoint, experts: Sequence[Checkpoint], hidden: Hidden) -> str:
     """The prefix of the base's names under which it has most in common with every one of the experts."""
 
     def shared(strip: str) -> tuple[int, int]:
-        counts = [len(_nearest(base, strip, expert)) for expert in experts]
+        counts = [len(_nearest(base, strip, expert, hidden)) for expert in experts]
         return min(counts), sum(counts)
 
-    return max(_prefixes(base.names), key=shared)
+    return max(_prefixes([name for name in base.names if name not in hidden]), key=shared)
 
 
-def _nearest(base: Checkpoint, strip: str, expert: Checkpoint) -> dict[str, str]:
+def _nearest(base: Checkpoint, strip: str, expert: Checkpoint, hidden: Hidden) -> dict[str, str]:
     """Common name -> expert's name, by that prefix of the expert's names which gives most of them."""
     fixed = headed_prefix(expert)
-    choices = [fixed] if fixed else sorted(_prefixes(expert.names), key=lambda prefix: prefix != strip)
-    return max((_common(base, strip, expert, prefix) for prefix in choices), key=len)
+    names = [name for name in expert.names if name not in hidden]
+    choices = [fixed] if fixed else sorted(_prefixes(names), key=lambda prefix: prefix != strip)
+    return max((_common(base, strip, expert, prefix, hidden) for prefix in choices), key=len)
 
 
-def _pair(base: Checkpoint, strip: str, expert: Checkpoint) -> tuple[dict[str, str], tuple[str, ...]]:
+def _pair(base: Checkpoint, strip: str, expert: Checkpoint, hidden: Hidden) -> tuple[dict[str, str], tuple[str, ...]]:
     """Return common name -> expert's name, and the expert's head names."""
-    common = _nearest(base, strip, expert)
-    backbone = [name for own, name in _common_names(base, strip).items() if own.startswith(strip)]
+    common = _nearest(base, strip, expert, hidden)
+    backbone = [name for own, name in _common_names(base, strip, hidden).items() if own.startswith(strip)]
     if 2 * len(common) < len(backbone):
         missing = next(n for n in backbone if n not in common)
         raise UserError(
             f"{expert.ref} is no fine-tuned copy of {base.ref}: it has {len(common)} of its {len(backbone)} weights "
             f"(not '{missing}', for example)."
         )
-    head = tuple(n for n in expert.names if n not in common.values())
+    head = tuple(n for n in expert.names if n not in common.values() and n not in hidden)
     repeated = {_shape_of_name(own) for own in common.values()} | {_shape_of_name(name) for name in common}
     for more, less, names in ((base, expert, [n for n in backbone if n not in common]), (expert, base, head)):
         if extra := next((n for n in names if "#" in _shape_of_name(n) and _shape_of_name(n) in repeated), None):
@@ -216,15 +241,15 @@ def _shape_of_name(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "#", name)
 
 
-def _common(base: Checkpoint, strip: str, expert: Checkpoint, prefix: str) -> dict[str, str]:
-    ours = {name for own, name in _common_names(base, strip).items() if own.startswith(strip)}
-    theirs = {name: own for own, name in _common_names(expert, prefix).items() if own.startswith(prefix)}
+def _common(base: Checkpoint, strip: str, expert: Checkpoint, prefix: str, hidden: Hidden) -> dict[str, str]:
+    ours = {name for own, name in _common_names(base, strip, hidden).items() if own.startswith(strip)}
+    theirs = {name: own for own, name in _common_names(expert, prefix, hidden).items() if own.startswith(prefix)}
     return {name: own for name, own in theirs.items() if name in ours}
 
 
-def _common_names(checkpoint: Checkpoint, prefix: str) -> dict[str, str]:
+def _common_names(checkpoint: Checkpoint, prefix: str, hidden: Hidden) -> dict[str, str]:
     """Own name -> the name without the prefix and in today's spelling."""
-    found = {own: own.removeprefix(prefix) for own in checkpoint.names}
+    found = {own: own.removeprefix(prefix) for own in checkpoint.names if own not in hidden}
     taken = set(found.values())
     for own, name in found.items():
         for old, new in OLD_SPELLINGS:

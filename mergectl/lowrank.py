@@ -79,10 +79,11 @@ def _nothing(model: Any, config: FinetuneConfig) -> str:
 
 
 def head_modules(model: Any) -> list[str]:
-    """The top modules outside the backbone: the classifier, for some models a pooler; none if the model writes."""
+    """The top modules outside the backbone that learn: the classifier, for some models a pooler; none if it writes."""
     if is_writer(model):
         return []
-    outside = [name for name, _ in model.named_parameters() if not is_backbone(name, model.base_model_prefix)]
+    learning = [name for name, tensor in model.named_parameters() if tensor.requires_grad]
+    outside = [name for name in learning if not is_backbone(name, model.base_model_prefix)]
     return list(dict.fromkeys(name.split(".")[0] for name in outside))
 
 

@@ -55,7 +55,7 @@ class Guard:
 
 def guard_for(model: Any, path: Path) -> Guard:
     """A guard for a model's trainable weights by a file of masks; weights without a mask (heads) train in full."""
-    slots, prefix = _slots(model)
+    slots, prefix = trainable(model)
     owned: list[tuple[Any, Any]] = []
     for name, mask in load_masks(path):
         slot = find_slot(name, slots, prefix)
@@ -66,7 +66,7 @@ def guard_for(model: Any, path: Path) -> Guard:
     return Guard(owned)
 
 
-def _slots(model: Any) -> tuple[dict[str, Any], str]:
+def trainable(model: Any) -> tuple[dict[str, Any], str]:
     """The trainable weights by the names they have on disk, and the prefix of the backbone."""
     import torch
     from peft import PeftModel
@@ -76,4 +76,3 @@ def _slots(model: Any) -> tuple[dict[str, Any], str]:
         return {n: w for n, w in found.items() if w.requires_grad and ".modules_to_save." not in n}, ""
     found = {n: w for n, w in live_tensors(model).items() if isinstance(w, torch.nn.Parameter)}
     return found, model.base_model_prefix
-

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from mergectl import artefacts
 from mergectl.checkpoints import Checkpoint
 from mergectl.errors import UserError
 from mergectl.families import Family
+from mergectl.pool import keep_freed_memory
 from mergectl.refs import Ref
 from mergectl.tensorfiles import SHARD_BYTES
 from mergectl.terminal import Progress
@@ -57,6 +59,7 @@ def merge(
     from mergectl.records import write_records
     from mergectl.writing import Form, write_one_task, write_shared
 
+    keep_freed_memory()
     if job.export is not None and job.export not in family.experts:
         raise UserError(f"--export {job.export}: the experts are {', '.join(family.experts)}.")
     base = family.population.base if family.has_base else None
@@ -68,7 +71,10 @@ def merge(
             write_shared(family, stream, folder, form, progress)
         else:
             write_one_task(job.export, family, stream, folder, form, progress)
-        digest = Checkpoint(folder, str(out)).digest
+        with ThreadPoolExecutor(1) as disk:  # the disk takes the weights while their digest is computed
+            saved = disk.submit(artefacts.sync_all, folder)
+            digest = Checkpoint(folder, str(out)).digest
+            saved.result()
         output = {"dtype": job.dtype, "export": job.export, "shard_bytes": job.shard_bytes, "digest": digest}
         write_records(described(job.recipe), output, family, folder, facts)
     return digest

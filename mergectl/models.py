@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mergectl.checkpoints import INDEX as SHARDED
 from mergectl.checkpoints import PICKLED, PICKLED_INDEX, Checkpoint, find_folder, open_checkpoint, read_json
 from mergectl.checkpoints import SINGLE as WHOLE
+from mergectl.clip import HEAD, TextTower, is_zero_shot
 from mergectl.errors import UserError
 from mergectl.naming import is_backbone, is_writer, live_tensors, match
 from mergectl.preprocess import Preparer, image_preparer, text_preparer
@@ -52,6 +53,9 @@ def open_source(ref: str | Path | Checkpoint) -> Source:
     path = Path(ref).expanduser()
     if path.is_file() and path.suffix == ".json":
         return Source(str(ref), None, read_json(path), None, {})
+    if path.is_file():
+        found = open_checkpoint(ref)
+        return Source(str(ref), found.folder, found.config, found, found.meta)
     folder = find_folder(ref)
     if (folder / "config.json").exists() and not any((folder / name).exists() for name in WEIGHTS):
         return Source(str(ref), folder, read_json(folder / "config.json"), None, {})
@@ -82,6 +86,8 @@ def model_config(source: Source, task: Task) -> Any:
         if getattr(config, "decoder_start_token_id", None) is None:  # T5 begins with its padding
             config.decoder_start_token_id = config.pad_token_id
         return config
+    if kind == "clip" and not is_zero_shot(source.config):
+        config.architectures = source.config["architectures"]
     names = head_labels(task)
     config.num_labels = len(names)
     config.id2label = dict(enumerate(names))
@@ -119,8 +125,21 @@ def _check_reads(source: Source, kind: str, task: Task) -> None:
     raise UserError(f"{source.ref} is a {kind} model; transformers has no classifier for those.")
 
 
+def unfilled(config: Any, task: Task) -> Any:
+    """A model for a task as its configuration says: a classifier, or an encoder-decoder that writes."""
+    import torch
+
+    if task.kind == "image_classification" and is_zero_shot(
+        {"model_type": config.model_type, "architectures": getattr(config, "architectures", None)}
+    ):
+        from mergectl.clip_model import ClipClassifier
+
+        return ClipClassifier._from_config(config, dtype=torch.float32)
+    return auto_class(task).from_config(config, dtype=torch.float32)
+
+
 def auto_class(task: Task) -> Any:
-    """The transformers class that builds a model for a task: a classifier, or an encoder-decoder that writes."""
+    """The transformers class that builds a model for a task, where it is not CLIP without a trained classifier."""
     import transformers
 
     if task.kind == "text_to_text":
@@ -135,7 +154,7 @@ def new_model(config: Any, task: Task, seed: int) -> Any:
 
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return auto_class(task).from_config(config, dtype=torch.float32)
+        return unfilled(config, task)
 
 
 def empty_model(config: Any, task: Task, device: str = "cpu") -> Any:
@@ -144,7 +163,7 @@ def empty_model(config: Any, task: Task, device: str = "cpu") -> Any:
     from transformers.initialization import no_init_weights
 
     with quiet(), no_init_weights(), torch.device(device):
-        return auto_class(task).from_config(copy.deepcopy(config), dtype=torch.float32)
+        return unfilled(copy.deepcopy(config), task)
 
 
 def preparer_for(source: Source, config: Any, task: Task, max_length: int | None = None) -> Preparer:
@@ -237,7 +256,18 @@ def build(source: Source, task: Task, *, seed: int = 0, from_scratch: bool = Fal
         tie(model, replace(source, weights=None) if from_scratch else source, seed)
     if source.weights is not None and not from_scratch:
         fill(model, source.weights, source.ref, with_head=writes or source.trained_on == task.id)
+    if task.kind == "image_classification" and is_zero_shot(source.config):
+        _read_out(model, source, task)
     return model
+
+
+def _read_out(model: Any, source: Source, task: Task) -> None:
+    """Give a CLIP model the head of a task, its own or one made by its text tower."""
+    if source.weights is None:
+        raise UserError(f"{source.ref} has no weights, and the heads of a CLIP model are made by its text tower.")
+    own = HEAD in source.weights and source.trained_on == task.id
+    head = source.weights[HEAD] if own else TextTower(source.weights).head(task)
+    put(model.get_parameter(HEAD), head, HEAD, source.ref)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mergectl.settings import Setting
 
 ALWAYS = "Always there"
-SPREAD = ("--experts", "--on", "--heads")  # `--experts A B C` means `--experts A --experts B --experts C`
+SPREAD = ("--experts", "--on", "--heads", "--against", "--eval")  # `--on A B` means `--on A --on B`
 GLOBAL_FLAGS = ("--json", "--quiet", "-q", "--debug")
 GLOBAL_VALUES = ("--store", "--data", "--tasks", "--seed", "--device", "--threads")
 

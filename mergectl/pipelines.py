@@ -144,6 +144,7 @@ def _verb(step: Mapping[str, Any]) -> str:
 
 def check(lab: Lab, step: Mapping[str, Any], number: int) -> None:
     """Refuse a step that could not be done, before hours are spent on those before it."""
+    from mergectl.experts import check_purpose
     from mergectl.grid import check_grid
     from mergectl.plan import recipe_of
     from mergectl.search import check_sampler
@@ -157,7 +158,7 @@ def check(lab: Lab, step: Mapping[str, Any], number: int) -> None:
         given = what.get("settings") or what.get("fix") or {}
         recipe_of(what["method"], given, what.get("refine", []), lab.seed)
     check_sampler(what.get("sampler", "random"))
-    check_grid(what.get("grid", {}))
+    check_purpose(what.get("for", "none"), _typed(what), check_grid(what.get("grid", {})))
     lab.tasks([*_list(what, "tasks"), *_list(what, "on")])
 
 
@@ -167,9 +168,12 @@ def _check_keys(step: str, verb: str, what: Any) -> None:
         raise UserError(f"{step} must be a mapping of keys to values, got '{what}'.")
     if verb == "finetune":
         from mergectl.finetune import FinetuneConfig
+        from mergectl.medusa import OWN_OPTIONS
+        from mergectl.presets import EXTRAS
 
-        others = (*others, *(f.name for f in fields(FinetuneConfig) if f.name not in ("task", "seed", "device")))
-    for key in what:
+        own = (f.name for f in fields(FinetuneConfig) if f.name not in ("task", "seed", "device", "masks"))
+        others = (*others, *own, "for", *OWN_OPTIONS, *EXTRAS)
+    for key in (*what, *(key for own in what.get("by_task", {}).values() for key in own)):
         if key not in (*needed, *others):
             raise UserError(f"{step} has no key '{key}'.{did_you_mean(key, (*needed, *others))}")
     for key in needed:
@@ -188,17 +192,44 @@ def _line(what: Mapping[str, Any]) -> str:
     return " ".join(" ".join(w) if isinstance(w, list) else str(w) for w in words if w)
 
 
-def _finetune(lab: Lab, folder: Path, what: dict[str, Any]) -> bool:
-    from mergectl.grid import check_grid, finetune_grid
+def _finetune_each(lab: Lab, folder: Path, what: Mapping[str, Any]) -> bool:
+    """Train the experts of a step; where tasks have settings of their own, one after the other."""
+    step = {key: value for key, value in what.items() if key != "by_task"}
+    if "by_task" not in what:
+        return _finetune(lab, folder, step)
+    every = [{**step, **what["by_task"].get(task, {}), "tasks": [task]} for task in _list(what, "tasks")]
+    return all([_finetune(lab, folder, one) for one in every])
 
-    options = {key: value for key, value in what.items() if key not in ("tasks", "base", "out", "grid")}
+
+def _finetune(lab: Lab, folder: Path, what: dict[str, Any]) -> bool:
+    from mergectl.experts import train
+    from mergectl.grid import check_grid
+    from mergectl.medusa import OWN_OPTIONS
+
+    taken = ("tasks", "base", "out", "grid", "for", *OWN_OPTIONS)
+    options = {key: value for key, value in what.items() if key not in taken}
     base, grid = what["base"], check_grid(what.get("grid", {}))
     if isinstance(base, dict):
         base = _config_file(folder, base)
-    results = finetune_grid(
-        lab, _list(what, "tasks"), _inside(folder, base), folder / what.get("out", ""), options, grid, reuse=True
-    )
+    results = train(
+        lab, _list(what, "tasks"), _inside(folder, base), folder / what.get("out", ""), options,
+        what.get("for", "none"), _medusa_job(folder, what), _typed(what), grid, reuse=True,
+    )  # fmt: skip
     return all(result["again"] for result in results)
+
+
+def _typed(what: Mapping[str, Any]) -> list[str]:
+    """What a step says about ownership."""
+    from mergectl.medusa import OWN_OPTIONS
+
+    return [name for name in OWN_OPTIONS if name in what]
+
+
+def _medusa_job(folder: Path, what: Mapping[str, Any]) -> Any:
+    from mergectl.medusa import MedusaJob
+
+    against = tuple(_inside(folder, ref) for ref in _list(what, "against"))
+    return MedusaJob(**{name: what[name] for name in _typed(what)} | {"against": against})
 
 
 def _config_file(folder: Path, config: Mapping[str, Any]) -> str:
@@ -256,22 +287,23 @@ def _search(lab: Lab, folder: Path, what: dict[str, Any]) -> bool:
         ranges=what.get("range", {}),
         per_task=tuple(what.get("per_task", [])),
         limit=what.get("limit"),
+        start=what.get("start", {}),
     )
     return bool(search_settings(lab, job, folder / what["out"], reuse=True)["again"])
 
 
 # What each verb must be told, and what it may be told; `finetune` also takes all that a fine-tuning can be told.
 KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "finetune": (("tasks", "base"), ("out", "grid")),
+    "finetune": (("tasks", "base"), ("out", "grid", "by_task")),
     "merge": (("method", "experts", "out"), ("base", "settings", "refine")),
     "eval": (("models",), ("on", "heads", "limit")),
     "search": (
         ("method", "experts", "out"),
-        ("base", "on", "fix", "range", "per_task", "refine", "sampler", "trials", "limit"),
+        ("base", "on", "fix", "range", "per_task", "refine", "sampler", "trials", "limit", "start"),
     ),
 }
 STEPS: dict[str, Callable[[Lab, Path, dict[str, Any]], bool]] = {
-    "finetune": _finetune,
+    "finetune": _finetune_each,
     "merge": _merge,
     "eval": _eval,
     "search": _search,

@@ -7,12 +7,18 @@ thread waits for the disk the others compute. Results come in the order of the w
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    import torch
+
+KEPT = 1 << 22  # elements up to which a thread keeps memory for its next piece of work
+ROOMS = 8  # of such memories that a thread keeps
 AHEAD = 2  # pieces of work per thread that wait or are done before they are asked for
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # numbers of GNU malloc.h
 
@@ -48,8 +54,9 @@ class Pool:
 
     def map(self, work: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
         """Do what the builtin `map` does, several items at a time; work that asks for more work does it itself."""
-        if self._executor is None or getattr(self._worker, "busy", False):
-            yield from map(work, items)
+        if self._executor is None or getattr(self._worker, "depth", 0):
+            for item in items:
+                yield self._do(work, item)
             return
         waiting: deque[Future[Any]] = deque()
         try:
@@ -64,7 +71,27 @@ class Pool:
                 future.cancel()
 
     def _do(self, work: Callable[[Any], Any], item: Any) -> Any:
-        self._worker.busy = True
+        self._worker.depth = getattr(self._worker, "depth", 0) + 1
+        try:
+            return self._on_device(work, item)
+        finally:
+            self._worker.depth -= 1
+
+    def room(self, use: str, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Tensor:
+        """Memory to be filled: in a piece of work (not in work that it asks for) what the thread last had for this."""
+        import torch
+
+        if getattr(self._worker, "depth", 0) != 1 or math.prod(shape) > KEPT:
+            return torch.empty(shape, dtype=dtype, device=device)
+        rooms: dict[Any, torch.Tensor] = self._worker.__dict__.setdefault("rooms", {})
+        key = (use, shape, dtype)
+        if key not in rooms:
+            if len(rooms) > ROOMS:
+                rooms.clear()
+            rooms[key] = torch.empty(shape, dtype=dtype, device=device)
+        return rooms[key]
+
+    def _on_device(self, work: Callable[[Any], Any], item: Any) -> Any:
         if self._device is None:
             return work(item)
         import torch

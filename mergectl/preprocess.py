@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mergectl.benchmarks._contract import Task
 
 MAX_LENGTH = 128  # tokens of a text or a pair of texts, where nothing else is said
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 Example = dict[str, Any]
 
 
@@ -100,16 +101,26 @@ class TextPreparer:
 
 @dataclass(frozen=True)
 class ImagePreparer:
-    """Pixels of the model's size and number of channels, kept small and normalised per batch."""
+    """Pixels of the model's size and number of channels, kept small and normalised per batch.
+
+    Images are squeezed into the size or, with `edge`, resized until their shorter side is so long and cut around the
+    centre, as CLIP does it.
+    """
 
     height: int
     width: int
     channels: int
     mean: tuple[float, ...] = (0.5,)
     std: tuple[float, ...] = (0.5,)
+    edge: int | None = None
 
     def prepare(self, task: Task, columns: Mapping[str, Sequence[Any]]) -> list[Example]:
-        """Resize every image; whole numbers are read as 0..255, real ones as 0..1."""
+        """Resize every image; whole numbers are read as 0..255, real ones as 0..1.
+
+        Large ones wait as the bytes of their files until their batch is made.
+        """
+        if self.edge is not None:
+            return [{"image": _encoded(image)} for image in columns[task.inputs[0]]]
         return [{"pixels": self._pixels(image)} for image in columns[task.inputs[0]]]
 
     def length(self, example: Example) -> int:
@@ -124,7 +135,8 @@ class ImagePreparer:
         """Stack the images as they are: bytes stay bytes."""
         import numpy as np
 
-        return _with_labels({"pixels": np.stack([e["pixels"] for e in examples])}, examples)
+        pixels = [e["pixels"] if "pixels" in e else self._pixels(e["image"]) for e in examples]
+        return _with_labels({"pixels": np.stack(pixels)}, examples)
 
     def finish(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Bytes or shares to normalised float32 pixels."""
@@ -139,9 +151,15 @@ class ImagePreparer:
 
     def save(self, folder: Path) -> None:
         """Write the settings as transformers' own image processors read them."""
+        size = {"height": self.height, "width": self.width}
+        how = {"image_processor_type": "ViTImageProcessor", "size": size, "resample": 2}
+        if self.edge is not None:
+            how = {
+                "image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": self.edge}, "resample": 3,
+                "do_center_crop": True, "crop_size": size, "do_convert_rgb": True,
+            }  # fmt: skip
         settings = {
-            "image_processor_type": "ViTImageProcessor",
-            "do_resize": True, "size": {"height": self.height, "width": self.width}, "resample": 2,
+            **how, "do_resize": True,
             "do_rescale": True, "rescale_factor": 1 / 255,
             "do_normalize": True, "image_mean": list(self.mean), "image_std": list(self.std),
         }  # fmt: skip
@@ -166,19 +184,34 @@ class ImagePreparer:
         if isinstance(image, Mapping):  # a Parquet image: its PNG or JPEG bytes
             image = Image.open(io.BytesIO(image["bytes"]))
         if isinstance(image, Image.Image):
-            image = image.convert("L" if self.channels == 1 else "RGB")
-            return image.resize((self.width, self.height), Image.Resampling.BILINEAR)
+            return self._fitted(image.convert("L" if self.channels == 1 else "RGB"))
         array = np.asarray(image)
         if array.ndim == 3 and array.shape[2] != 1 and self.channels == 1:
             array = array[:, :, :3].mean(axis=2).astype(array.dtype)
         if array.shape[:2] == (self.height, self.width):
             return array
         planes = np.moveaxis(np.atleast_3d(array), 2, 0)
-        sized = [
-            Image.fromarray(plane.astype(np.float32)).resize((self.width, self.height), Image.Resampling.BILINEAR)
-            for plane in planes
-        ]
+        sized = [self._fitted(Image.fromarray(plane.astype(np.float32))) for plane in planes]
         return np.stack([np.asarray(plane) for plane in sized], axis=2).astype(array.dtype)
+
+    def _fitted(self, picture: Any) -> Any:
+        """A picture in the model's size."""
+        from PIL import Image
+
+        if self.edge is None:
+            return picture.resize((self.width, self.height), Image.Resampling.BILINEAR)
+        width, height = picture.size
+        short = min(width, height)
+        wide, high = int(self.edge * width / short), int(self.edge * height / short)
+        left, top = (wide - self.width) // 2, (high - self.height) // 2
+        sized = picture.resize((wide, high), Image.Resampling.BICUBIC)
+        return sized.crop((left, top, left + self.width, top + self.height))
+
+
+def _encoded(image: Any) -> Any:
+    """An image that was not decoded yet as its file's bytes; any other as it is."""
+    file = getattr(image, "fp", None)
+    return {"bytes": file.getvalue()} if isinstance(file, io.BytesIO) else image
 
 
 def _with_labels(batch: Mapping[str, np.ndarray[Any, Any]], examples: Sequence[Example]) -> dict[str, torch.Tensor]:
@@ -240,7 +273,16 @@ def image_preparer(folder: Path | None, ref: str, config: Any) -> ImagePreparer:
     channels = int(getattr(vision, "num_channels", 3))
     path = None if folder is None else folder / "preprocessor_config.json"
     found = read_json(path) if path is not None and path.exists() else {}
-    mean, std = (found.get(name) or [] for name in ("image_mean", "image_std"))
+    clip = config.model_type == "clip"
+    usual = {"image_mean": CLIP_MEAN, "image_std": CLIP_STD} if clip and channels == 3 else {}
+    mean, std = (found.get(name) or usual.get(name) or [] for name in ("image_mean", "image_std"))
+    edge = _edge(found, min(height, width)) if found.get("do_center_crop", clip) else None
     if len(mean) not in (1, channels) or len(std) not in (1, channels) or not found.get("do_normalize", True):
-        return ImagePreparer(height, width, channels)
-    return ImagePreparer(height, width, channels, tuple(mean), tuple(std))
+        return ImagePreparer(height, width, channels, edge=edge)
+    return ImagePreparer(height, width, channels, tuple(mean), tuple(std), edge)
+
+
+def _edge(settings: Mapping[str, Any], usual: int) -> int:
+    """How long an image's shorter side is made before it is cut."""
+    size = settings.get("size", usual)
+    return int(size.get("shortest_edge", usual) if isinstance(size, Mapping) else size)

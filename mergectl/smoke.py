@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergectl.clip import texts_of
 from mergectl.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,10 +34,16 @@ def make_base(folder: Path, config: Mapping[str, Any], tasks: Sequence[Task], se
     from mergectl.models import model_config, new_model, open_source, quiet
     from mergectl.naming import is_writer
 
-    if any(task.kind == "image_classification" for task in tasks):
-        raise UserError("A smoke run makes models for texts only, and this pipeline has a task on images.")
+    kind = config.get("model_type")
+    if kind != "clip" and any(task.kind == "image_classification" for task in tasks):
+        raise UserError(
+            f"A smoke run reads images with a tiny CLIP, not a {kind} model, and this pipeline has a task on images."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     size = _save_tokenizer(folder, _texts(tasks))
+    if kind == "clip":
+        _make_clip(folder, config, size, seed)
+        return
     facts = {"pad_token_id": 0, "eos_token_id": 1, **config, "vocab_size": size}
     (folder / "config.json").write_text(json.dumps(facts), encoding="utf-8")
     model = new_model(model_config(open_source(folder), tasks[0]), tasks[0], seed)
@@ -44,10 +51,27 @@ def make_base(folder: Path, config: Mapping[str, Any], tasks: Sequence[Task], se
         (model if is_writer(model) else getattr(model, model.base_model_prefix)).save_pretrained(folder)
 
 
+def _make_clip(folder: Path, config: Mapping[str, Any], size: int, seed: int) -> None:
+    """Write a whole CLIP model, text tower included, whose texts end with the tokenizer's last token."""
+    import torch
+    from transformers import CLIPConfig, CLIPModel
+
+    from mergectl.models import quiet
+
+    words = {"vocab_size": size, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+    facts = {**config, "text_config": {**config["text_config"], **words}}
+    with quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        CLIPModel(CLIPConfig(**facts)).save_pretrained(folder)
+
+
 def _texts(tasks: Sequence[Task]) -> list[str]:
     """All that the samples say, in the words of all templates."""
     found = []
     for task in tasks:
+        if task.kind == "image_classification":
+            found += [text for own in texts_of(task) for text in own]
+            continue
         for sample in task.samples:
             found += [str(sample[name]) for name in task.inputs]
             for template in task.templates:

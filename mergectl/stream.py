@@ -94,6 +94,7 @@ class Stream:
         """What `take` makes of all pieces, in order."""
         try:
             with Pool(self.device) as pool:
+                self.inputs.room = pool.room
                 for names, steps in groups(self.steps, self.inputs.floating):
                     yield from self._group(names, steps, take, pool)
         except MethodError as error:

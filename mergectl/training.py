@@ -188,9 +188,10 @@ def arguments(config: FinetuneConfig, folder: Path, device: str) -> TrainingArgu
     found = TrainingArguments(
         output_dir=str(folder), per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.accumulation, num_train_epochs=config.epochs,
-        max_steps=config.max_steps or -1, max_grad_norm=config.max_grad_norm, learning_rate=config.learning_rate, weight_decay=config.weight_decay,
-        warmup_steps=config.warmup, lr_scheduler_type=config.scheduler, seed=config.seed, data_seed=config.seed,
-        bf16=config.bf16, use_cpu=device == "cpu",
+        max_steps=config.max_steps or -1, max_grad_norm=config.max_grad_norm,
+        learning_rate=config.learning_rate, weight_decay=config.weight_decay,
+        warmup_steps=config.warmup_steps or config.warmup, lr_scheduler_type=config.scheduler,
+        seed=config.seed, data_seed=config.seed, bf16=config.bf16, use_cpu=device == "cpu",
         eval_strategy=every, save_strategy=every, logging_strategy=every,
         eval_steps=config.eval_every or 1, save_steps=config.eval_every or 1, logging_steps=config.eval_every or 1,
         save_total_limit=1, load_best_model_at_end=True, metric_for_best_model="score", greater_is_better=True,

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mergectl import __version__
 from mergectl.checkpoints import Checkpoint, open_checkpoint
@@ -19,6 +19,8 @@ from mergectl.stacking import parts_of
 if TYPE_CHECKING:
     from mergectl.benchmarks._contract import Task, Use
     from mergectl.evaluate import Evaluation
+    from mergectl.finetune_config import FinetuneConfig
+    from mergectl.models import Source
     from mergectl.store import Run
 
 Result = dict[str, Any]
@@ -183,14 +185,27 @@ def record_scores(run: Run, found: Evaluation, split: str) -> None:
 
 def evaluate_references(lab: Lab, family: Family, words: Sequence[str], **how: Any) -> list[Result]:
     """Score the base under each expert's head, and each expert on its own task: what merges are compared with."""
-    heads = [(family.task_ids[task], str(expert.folder)) for task, expert in family.experts.items()]
+    heads = [(family.task_ids[task], expert.place) for task, expert in family.experts.items()]
     wanted = [task.id for task in lab.tasks(words or [task for task, _ in heads])]
     heads = [(task, ref) for task, ref in heads if task in wanted]
-    results = [evaluate_model(lab, ref, [task], reuse=True, **how) for task, ref in heads]
+    lent = {family.task_ids[task]: family.base.place for task in family.experts if _borrows(family, task)}
+    results = [
+        evaluate_model(lab, ref, [task], heads=[(task, lent[task])] if task in lent else (), reuse=True, **how)
+        for task, ref in heads
+    ]
     if family.has_base:
-        base = str(family.base.folder)
+        base = family.base.place
         results.insert(0, evaluate_model(lab, base, [t for t, _ in heads], heads=heads, reuse=True, **how))
     return results
+
+
+def _borrows(family: Family, task: str) -> bool:
+    """Whether an expert is a CLIP vision tower that has no head of its own, so that its base makes it."""
+    from mergectl.clip import HEAD, has_texts, is_zero_shot
+
+    expert = family.experts[task]
+    bare = is_zero_shot(expert.config) and HEAD not in expert and not has_texts(expert)
+    return family.has_base and bare and has_texts(family.base)
 
 
 def finetune_experts(
@@ -204,34 +219,62 @@ def finetune_experts(
     reuse: bool = False,
     again: bool = False,
     suffix: str = "",
+    masked: Mapping[str, Masked] | None = None,
 ) -> list[Result]:
-    """Fine-tune one expert per task into `out/<task><suffix>`; `again`: not those that finished runs left there."""
+    """Fine-tune one expert per task into `out/<task><suffix>`; `again`: not those that finished runs left there.
+
+    With `masked` (by task id), each trains only what it owns. All settings are checked before the first training.
+    """
     from mergectl.families import short_names
+    from mergectl.finetune import FinetuneConfig
+    from mergectl.presets import settled
 
     tasks = lab.tasks(words)
     folders = [out / f"{short}{suffix}" for short in short_names([task.id for task in tasks])]
+    source = base_source(lab, base)
+    where: dict[str, Any] = {"base": str(source.folder or source.ref), "seed": lab.seed, "device": lab.torch_device()}
+    owned = [(masked or {}).get(task.id) for task in tasks]
+    configs = [
+        FinetuneConfig(
+            task=task.id, **where, **settled(task.id, source.config, options),
+            masks=str(own.file) if own is not None else None,
+        )
+        for task, own in zip(tasks, owned, strict=True)
+    ]  # fmt: skip
     return [
-        _finetune(lab, task, base, folder, options, force or reuse, reuse or again)
-        for task, folder in zip(tasks, folders, strict=True)
+        _finetune(lab, task, source, folder, config, own, force or reuse, reuse or again)
+        for task, folder, config, own in zip(tasks, folders, configs, owned, strict=True)
     ]
 
 
-def _finetune(
-    lab: Lab, task: Task, base: str, out: Path, options: Mapping[str, Any], force: bool, reuse: bool
-) -> Result:
-    from mergectl import artefacts
-    from mergectl.finetune import FinetuneConfig, finetune
+class Masked(NamedTuple):
+    """The ownership masks of one task, and the inputs that a training with them has besides its base."""
+
+    file: Path
+    digest: str
+    inputs: tuple[dict[str, Any], ...]
+
+
+def base_source(lab: Lab, base: str) -> Source:
+    """The model to start from: a folder, a hub id, a configuration, or a run of the store."""
     from mergectl.models import open_source
 
-    source = open_source(lab.find_run(base) or base if "/" not in base and not Path(base).exists() else base)
-    settings = FinetuneConfig(
-        task=task.id, base=str(source.folder or source.ref), seed=lab.seed, device=lab.torch_device(), **options
-    )
+    return open_source(lab.find_run(base) or base if "/" not in base and not Path(base).exists() else base)
+
+
+def _finetune(
+    lab: Lab, task: Task, source: Source, out: Path, settings: FinetuneConfig, masked: Masked | None, force: bool,
+    reuse: bool,
+) -> Result:  # fmt: skip
+    from mergectl import artefacts
+    from mergectl.finetune import finetune
+
     start = source.weights.digest if source.weights is not None else source.config
     data = None if lab.data is None else str(lab.data.absolute())
     config = {
         **asdict(settings),
         "base": start,
+        "masks": None if masked is None else masked.digest,
         "task_version": task_version(task),
         "data": data,
         "version": __version__,
@@ -241,6 +284,8 @@ def _finetune(
     artefacts.check_free(out, force)
     with lab.start("finetune", config, name=out.name) as run:
         run.input("base", source.ref, source.weights.digest if source.weights is not None else None)
+        for entry in () if masked is None else masked.inputs:
+            run.input(**entry)
         with lab.terminal.progress(f"Fine-tuning {task.id}") as progress:
             result = finetune(settings, out, data=lab.data, run=run, progress=progress, force=force, task=task)
         record_model(run, out, open_checkpoint(out).digest)

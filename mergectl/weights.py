@@ -97,6 +97,11 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         return sha.hexdigest()
 
     @property
+    def place(self) -> str:
+        """Where it can be opened again."""
+        return str(self.folder)
+
+    @property
     def label(self) -> str:
         """A short name for tables: the folder's name, or the hub id."""
         return self.folder.name if self.ref.startswith((".", "/")) or Path(self.ref).exists() else self.ref
@@ -120,7 +125,7 @@ class WeightFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        opened = _open_pickled(path) if path.suffix == ".bin" else _open_safetensors(path)
+        opened = _open_pickled(path) if path.suffix in (".bin", ".pt") else _open_safetensors(path)
         self.header, self.read = opened
 
 

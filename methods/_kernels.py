@@ -7,10 +7,8 @@ numbers (1 where true) because torch compares into numbers several times faster 
 
 from __future__ import annotations
 
-import functools
 import math
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -37,7 +35,7 @@ def column(values: Sequence[float], x: torch.Tensor) -> torch.Tensor:
 
 def total(x: torch.Tensor) -> torch.Tensor:
     """Return the sum over tasks, in float64."""
-    result = x[0].double() if len(x) else torch.zeros(x.shape[1:], dtype=torch.float64, device=x.device)
+    result = x[0].to(torch.float64, copy=True)
     for row in x[1:]:
         result += row.double()
     return result
@@ -183,29 +181,6 @@ def agreeing_largest(x: torch.Tensor, sign: torch.Tensor) -> torch.Tensor:
     return best * sign
 
 
-def drawn(sign: torch.Tensor, x: torch.Tensor) -> bool:
-    """Say whether the sign is zero anywhere that a task has a non-zero entry."""
-    left = x[0].abs()
-    for row in x[1:]:
-        left += row.abs()
-    return float(left.mul_(1 - sign.abs()).sum()) > 0
-
-
-def once(function: Callable[[], int]) -> Callable[[], int]:
-    """Return the function so that it runs once, whichever thread asks first; the others wait."""
-    lock = threading.Lock()
-    found: list[int] = []
-
-    @functools.wraps(function)
-    def ask() -> int:
-        with lock:
-            if not found:
-                found.append(function())
-            return found[0]
-
-    return ask
-
-
-def majority(signs: torch.Tensor) -> int:
+def balance(signs: torch.Tensor) -> int:
     """Return how many more positive than negative signs there are."""
-    return int(torch.count_nonzero(signs > 0)) - int(torch.count_nonzero(signs < 0))
+    return int(signs.double().sum())

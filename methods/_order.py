@@ -12,6 +12,7 @@ Array: TypeAlias = "np.ndarray[Any, Any]"
 Between: TypeAlias = "tuple[int, Array]"  # how many are above the bounds, and all that lie within them
 
 _TOP = 1 << 31
+_LOWEST = 0x007FFFFF  # the key of minus infinity
 
 
 def kth_of(row: Array, ranks: Sequence[int]) -> list[float]:
@@ -72,8 +73,8 @@ def entries(numbers: Array) -> Array:
 
 
 def entry_of(key: int) -> float:
-    """Return one entry from its key."""
-    return float(entries(np.array([key], dtype=np.uint32))[0])
+    """Return one entry from its key; minus infinity for what is below all entries."""
+    return -math.inf if key <= _LOWEST else float(entries(np.array([key], dtype=np.uint32))[0])
 
 
 def histogram(row: Array, weigh: Callable[[Array], Array] | None, within: int | None) -> Array:

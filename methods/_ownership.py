@@ -5,8 +5,8 @@ Everything works on one weight: rows are [branch, *shape] in float32, masks are 
 >>> rows = torch.tensor([[3.0, -1.0, 0.0, 0.0], [1.0, -2.0, 4.0, 0.0]])
 >>> hard(rows).int().tolist()
 [[1, 0, 0, 0], [0, 1, 1, 0]]
->>> # U = 0.5 cuts each element's sum of magnitudes in the middle: 2 of 4, 1.5 of 3, 2 of 4; nobody wants the last
->>> soft(rows, torch.full((4,), 0.5)).int().tolist()
+>>> # U = 0.1 of the sums 4, 3, 4 lies below what is left when the first branch has its part: 1, 2, 4, so not its
+>>> soft(rows, torch.full((4,), 0.1)).int().tolist()
 [[0, 0, 0, 0], [1, 1, 1, 0]]
 >>> [mask.tolist() for mask in half((2, 1), 2).int()]
 [[[0], [1]], [[1], [0]]]
@@ -51,9 +51,9 @@ def soft(rows: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
         rest -= size
         mask.copy_(free & (point >= rest) & (size > 0))
         free &= ~mask
-    for mask, size in zip(reversed(masks), reversed(sizes), strict=True):  # what rounding has left to nobody
-        missed = free & (size > 0)
-        mask |= missed
+    for branch in reversed(range(len(rows))):  # what rounding has left to nobody
+        missed = free & (sizes[branch] > 0)
+        masks[branch] |= missed
         free &= ~missed
     return masks
 

@@ -112,7 +112,8 @@ class TaskVectors(Mapping[str, "torch.Tensor"]):
     def each(self, function: Callable[[str, torch.Tensor], Any]) -> Iterator[Any]:
         """Yield every name, in order, with what `function(name, x)` gives (a tuple: with all that is in it).
 
-        Several threads work at once: the function may read what is outside it, but changes nothing there.
+        Several threads work at once: the function may read what is outside it, but changes nothing there. What it is
+        given is lent to it: the next weight is read into the same memory.
         """
 
         def work(name: str) -> Any:
@@ -123,12 +124,16 @@ class TaskVectors(Mapping[str, "torch.Tensor"]):
         for name, result in zip(names, self._spread(work, names), strict=True):
             yield (name, *result) if isinstance(result, tuple) else (name, result)
 
+    def survey(self, function: Callable[[str, torch.Tensor], Any]) -> list[Any]:
+        """Return what `function(name, x)` says of every weight, in order; it keeps nothing of what it is lent."""
+        return list(self._spread(lambda name: function(name, self._read(name)), list(self)))
+
     def gather(self, function: Callable[[Array], Any]) -> list[Any]:
         """Return what a function says of every weight's flat float32 numbers [task, elements], in order."""
-        return list(self._spread(lambda name: function(self._flat(name)), list(self)))
+        return self.survey(lambda name, x: function(self._numbers(x)))
 
-    def _flat(self, name: str) -> Array:
-        rows: Array = self._read(name).detach().cpu().float().reshape(len(self.tasks), -1).numpy()
+    def _numbers(self, x: torch.Tensor) -> Array:
+        rows: Array = x.detach().cpu().float().reshape(len(self.tasks), -1).numpy()
         return rows
 
     def sums(self, term: Callable[[int, Array], Array]) -> list[float]:
@@ -199,7 +204,7 @@ class TaskVectors(Mapping[str, "torch.Tensor"]):
         starts = dict(zip(self, (int(end) for end in [0, *ends[:-1]]), strict=True)) if len(self) else {}
 
         def fill(name: str) -> None:
-            part = self._flat(name)
+            part = self._numbers(self._read(name))
             rows[:, starts[name] : starts[name] + part.shape[1]] = part
 
         for _ in self._spread(fill, list(self)):
@@ -223,7 +228,7 @@ class TaskVectors(Mapping[str, "torch.Tensor"]):
         norms = self.square_norms()
         # The slack keeps a share that is met exactly from being missed by the rounding of the sums.
         targets = [n * s * (1 - 1e-13) if s < 1 else math.inf for s, n in zip(shares, norms, strict=True)]
-        return self.map(lambda name, x: x.abs())._reach(targets, np.square)
+        return [max(value, 0.0) for value in self.map(lambda name, x: x.abs())._reach(targets, np.square)]
 
     def _reach(self, targets: Sequence[float], weigh: Callable[[Array], Array] | None) -> list[float]:
         """Return per task the entry from which on the larger ones weigh the target together (or number it)."""
@@ -237,7 +242,7 @@ class TaskVectors(Mapping[str, "torch.Tensor"]):
         """Return per task and half of a bit pattern how many entries there are, or what they weigh."""
         result = np.zeros((len(self.tasks), 1 << 16))
         for name in self:
-            for task, row in enumerate(self._flat(name)):
+            for task, row in enumerate(self._numbers(self._read(name))):
                 for part in chunks(row):
                     result[task] += _order.histogram(part, weigh, None if within is None else within[task])
         return result

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
+import numpy as np
 import torch
 
 from mergectl.methods import _kernels, _more_kernels
@@ -167,15 +168,12 @@ def elected(
     def raw(name: str, x: torch.Tensor) -> torch.Tensor:
         return vote(x) if vote is not None else given(signs or {}, name, x)
 
-    @_kernels.once
-    def majority() -> int:
-        balance = sum(_kernels.majority(raw(name, x)) for name, x in trimmed.items())
-        return (balance > 0) - (balance < 0)
+    instead = 1.0 if zero_sign == "plus" else 0.0
+    if zero_sign == "majority":
+        instead = float(np.sign(sum(trimmed.survey(lambda name, x: _kernels.balance(raw(name, x))))))
 
     def sign_of(name: str, x: torch.Tensor) -> torch.Tensor:
         sign = raw(name, x)
-        # Where nothing is left the sign does not matter, so the pass over the model is made only for a real draw.
-        instead = 1 if zero_sign == "plus" else majority() if zero_sign == "majority" and _kernels.drawn(sign, x) else 0
         return sign.add_(1 - sign.abs(), alpha=instead) if instead else sign
 
     return sign_of

@@ -1,0 +1,175 @@
+"""Fine-tune experts that cannot collide: short trainings, ownership masks, then trainings of what each one owns.
+
+Every step is a run of its own, and one that a finished run already did is not done again: a killed command goes on
+where it was.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergectl import __version__
+from mergectl.checkpoints import open_checkpoint
+from mergectl.digests import blake3
+from mergectl.errors import UserError
+from mergectl.families import short_names
+from mergectl.lab import Lab
+from mergectl.ownership import TOP_K, MaskPlan, Ownership, make_masks, save_masks
+from mergectl.presets import settled
+from mergectl.verbs import Masked, Result, base_source, finetune_experts
+
+if TYPE_CHECKING:
+    from mergectl.benchmarks._contract import Task
+    from mergectl.finetune_config import FinetuneConfig
+    from mergectl.models import Source
+
+Input = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class MedusaJob:
+    """What a Medusa fine-tuning is told besides the settings of every fine-tuning."""
+
+    against: tuple[str, ...] = ()  # finished models that the branches must not oppose
+    mask: str = "soft"
+    top_k: float | None = None  # None: 87.5, with adapters 100
+    prepass_epochs: float = 1.0
+    unowned: str = "freeze"
+
+    def plan(self, peft: str, seed: int) -> MaskPlan:
+        """How ownership is decided."""
+        return MaskPlan(self.mask, TOP_K[peft] if self.top_k is None else self.top_k, self.unowned, seed)
+
+
+OWN_OPTIONS = tuple(field.name for field in fields(MedusaJob))
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One Medusa fine-tuning between its trainings."""
+
+    source: Source
+    tasks: list[Task]
+    config: FinetuneConfig  # of the first task; what decides about adapters is the same for all
+    plan: MaskPlan
+    references: list[str]
+    out: Path
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """The masks of each task."""
+        ids = [task.id for task in self.tasks]
+        names = zip(ids, short_names(ids), strict=True)
+        return {task: self.out / "masks" / f"{name}.safetensors" for task, name in names}
+
+
+def finetune_for_medusa(
+    lab: Lab, words: Sequence[str], base: str, out: Path, options: Mapping[str, Any], job: MedusaJob,
+    *, force: bool = False, reuse: bool = False,
+) -> list[Result]:  # fmt: skip
+    """Train `out/prepass/<task>`, make `out/masks/<task>.safetensors`, then train `out/<task>` within the masks."""
+    work = _checked(lab, words, base, out, options, job)
+    short = {**options, "epochs": job.prepass_epochs, "max_steps": None, "patience": None, "eval_every": None}
+    how: dict[str, Any] = {"force": force, "reuse": reuse, "again": True}
+    prepasses = finetune_experts(lab, words, base, out / "prepass", short, **how)
+    masked = _masks(lab, work, prepasses, force=force or reuse)
+    results = finetune_experts(lab, words, base, out, options, masked=masked, **how)
+    return [{**result, "masks": str(masked[result["task"]].file)} for result in results]
+
+
+def _checked(lab: Lab, words: Sequence[str], base: str, out: Path, options: Mapping[str, Any], job: MedusaJob) -> _Work:
+    """Refuse before any training what could not be done."""
+    from mergectl.finetune_config import FinetuneConfig
+
+    tasks, source = lab.tasks(words), base_source(lab, base)
+    if source.weights is None or options.get("from_scratch"):
+        raise UserError("Medusa divides the weights of a base, so it needs one that has weights. Train one first.")
+    FinetuneConfig(task="", base="", epochs=job.prepass_epochs)
+    settings = [settled(task.id, source.config, options) for task in tasks]
+    configs = [FinetuneConfig(task=task.id, base=str(source.folder), seed=lab.seed, **s)
+               for task, s in zip(tasks, settings, strict=True)]  # fmt: skip
+    plan = job.plan(configs[0].peft, lab.seed)
+    plan.check(len(tasks), len(job.against))
+    references = [str(open_checkpoint(ref, lab.find_run).folder) for ref in job.against]
+    return _Work(source, tasks, configs[0], plan, references, out)
+
+
+def _masks(lab: Lab, work: _Work, prepasses: Sequence[Result], *, force: bool) -> dict[str, Masked]:
+    """Make the masks, as a run of their own, or find them made; by task id, with the lineage of a masked training."""
+    inputs: list[Input] = [{"role": "base", "ref": work.source.ref, "digest": _digest(str(work.source.folder))}]
+    inputs += [
+        {"role": "prepass", "ref": r["out"], "digest": _digest(r["out"]), "task": r["task"], "run_id": r["run"]}
+        for r in prepasses
+    ]
+    inputs += [{"role": "reference", "ref": ref, "digest": _digest(ref)} for ref in work.references]
+    made_of = [(entry["role"], entry.get("task"), entry["digest"]) for entry in inputs]
+    config = {**asdict(work.plan), "peft": work.config.peft, "inputs": made_of, "version": __version__}
+    run_id = _done(lab, config, work.files)
+    if run_id is None:
+        run_id = _make(lab, work, config, inputs, {r["task"]: Path(r["out"]) for r in prepasses}, force=force)
+    found = {}
+    for task, file in work.files.items():
+        digest = blake3(file).hex()
+        own = {"role": "masks", "ref": str(file), "digest": digest, "task": task, "run_id": run_id}
+        found[task] = Masked(file, digest, (*(entry for entry in inputs if entry.get("task") == task), own))
+    return found
+
+
+def _digest(ref: str) -> str:
+    return open_checkpoint(ref).digest
+
+
+def _done(lab: Lab, config: Mapping[str, Any], files: Mapping[str, Path]) -> str | None:
+    """The finished run that made exactly these masks, if they still lie there as it wrote them."""
+    from mergectl.store import digest_of
+
+    run = lab.store.finished(digest_of(dict(config)), kind="masks")
+    if run is None or not all(file.exists() for file in files.values()):
+        return None
+    made = {artifact["digest"] for artifact in run["artifacts"]}
+    return str(run["run_id"]) if made == {blake3(file).hex() for file in files.values()} else None
+
+
+def _make(
+    lab: Lab, work: _Work, config: Mapping[str, Any], inputs: Sequence[Input], folders: Mapping[str, Path],
+    *, force: bool,
+) -> str:  # fmt: skip
+    """Decide who owns what and write one file of masks per task; return the run's id."""
+    from mergectl import division
+
+    place = work.out / "masks"
+    if place.exists() and not force:
+        raise UserError(f"{place} holds the masks of another job. Choose another -o, or replace them with --force.")
+    with lab.start("masks", config, seed=work.plan.seed, name=f"masks-{work.plan.kind}", inputs=inputs) as run:
+        lab.terminal.say(f"Dividing the elements among {', '.join(folders)}")
+        models = division.of(work.source, work.tasks[0], work.config, folders, work.references)
+        found = make_masks(models.base, models.branches, models.references, work.plan, models.order)
+        _write(place, found, work.files)
+        _record(run, found, work.files)
+    return str(run.id)
+
+
+def _write(place: Path, found: Ownership, files: Mapping[str, Path]) -> None:
+    """Write all masks or none."""
+    from mergectl import artefacts
+
+    shutil.rmtree(place, ignore_errors=True)
+    with artefacts.new_folder(place) as folder:
+        for task, file in files.items():
+            save_masks(folder / file.name, found.bits[task], found.shapes)
+
+
+def _record(run: Any, found: Ownership, files: Mapping[str, Path]) -> None:
+    """Store the masks, and what they say about the branches."""
+    for task, file in files.items():
+        run.artifact("masks", str(file.absolute()), blake3(file).hex(), file.stat().st_size)
+        run.metric("owned_share", found.shares[task], task=task)
+    run.metric("unowned_share", found.nobody)
+    for reference, share in found.opposed.items():
+        run.metric("sign_conflict", share, task=reference)
+    if found.chosen is not None:
+        run.note("chosen", found.chosen)

@@ -1,0 +1,84 @@
+"""Published settings of fine-tuning by name, and how a batch is cut so that it fits into memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mergectl.errors import UserError
+
+PRESETS = ("none", "medusa")
+EXTRAS = ("preset", "smaller_batch", "tiny_sample")  # they decide settings of a fine-tuning, and are none themselves
+LAYERS_OF_LARGE = 24  # T5-base has 12
+
+# Epochs; rows at once in float32 for a base and a large model, and in bfloat16.
+FULL = {
+    "cola": (10, 128, 32, 128, 64), "sst2": (10, 64, 16, 128, 32), "qqp": (3, 32, 8, 64, 16),
+    "wnli": (20, 32, 8, 32, 8), "mnli": (1, 16, 4, 32, 8), "rte": (20, 16, 4, 16, 8), "qnli": (3, 16, 4, 32, 8),
+}  # fmt: skip
+ADAPTED = {
+    "cola": (16, 16), "mnli": (6, 2), "rte": (16, 2), "sst2": (8, 8), "qnli": (2, 2), "qqp": (8, 2), "wnli": (32, 2),
+}  # fmt: skip
+EFFECTIVE = {"rte": 16, "wnli": 32}  # rows per optimiser step; all others:
+USUAL = 256
+SHARED = {"scheduler": "constant", "warmup": 0.0, "weight_decay": 0.0, "max_grad_norm": 0.0, "model_dropout": 0.0}
+OF_ADAPTERS = {"lr": 1e-4, "rank": 16, "alpha": 16.0, "dropout": 0.1}
+TINY_LR, TINY_SHARE = 6e-4, 8
+
+
+def plain(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that are settings of a fine-tuning themselves."""
+    return {name: value for name, value in options.items() if name not in EXTRAS}
+
+
+def settled(task: str, model: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of one task's fine-tuning: what is given, and for the rest what the preset says.
+
+    >>> settled("glue-t5/cola", {"num_layers": 12}, {"preset": "medusa", "smaller_batch": 4})["batch_size"]
+    32
+    """
+    given = plain(options)
+    preset = options.get("preset") or "none"
+    if preset not in PRESETS:
+        raise UserError(f"preset must be one of {', '.join(PRESETS)}, got '{preset}'.")
+    tiny = bool(options.get("tiny_sample"))
+    if preset == "none" and tiny:
+        raise UserError("tiny_sample shortens the trainings of a preset. Name one: --preset medusa")
+    found = given if preset == "none" else _medusa(task, model, given, tiny=tiny) | given
+    return _cut(found, options.get("smaller_batch") or 1)
+
+
+def _medusa(task: str, model: Mapping[str, Any], given: Mapping[str, Any], *, tiny: bool) -> dict[str, Any]:
+    """What the published program calls modularised."""
+    name, adapters = task.rsplit("/", 1)[-1], given.get("peft", "none") != "none"
+    epochs, rows = _table(task, name, model, given, adapters)
+    found: dict[str, Any] = {**SHARED, **(OF_ADAPTERS if adapters else {"lr": 3e-4})}
+    rows = min(rows, EFFECTIVE.get(name, USUAL)) if "batch_size" not in given else rows
+    found |= {"epochs": epochs, "batch_size": rows, "accumulation": max(1, EFFECTIVE.get(name, USUAL) // rows)}
+    return found | ({"lr": TINY_LR, "epochs": max(1, epochs // TINY_SHARE)} if tiny else {})
+
+
+def _table(
+    task: str, name: str, model: Mapping[str, Any], given: Mapping[str, Any], adapters: bool
+) -> tuple[float, int]:
+    """Epochs and rows at once; of tasks that the study did not have, as given."""
+    if name in FULL:
+        large = max(int(model.get(key) or 0) for key in ("num_layers", "num_hidden_layers")) >= LAYERS_OF_LARGE
+        epochs, *sizes = FULL[name]
+        rows = sizes[large + 2 * bool(given.get("bf16"))]
+        if adapters:
+            epochs, rows = ADAPTED[name]
+        return given.get("epochs", epochs), given.get("batch_size", rows)
+    if "epochs" not in given or "batch_size" not in given:
+        raise UserError(f"The preset medusa says nothing of {task}. Give --epochs and --batch-size with it.")
+    return given["epochs"], given["batch_size"]
+
+
+def _cut(found: dict[str, Any], parts: int) -> dict[str, Any]:
+    """The same batches in smaller parts, which give the same gradient."""
+    if parts == 1:
+        return found
+    rows = found.get("batch_size", 16)
+    if rows % parts:
+        raise UserError(f"smaller_batch must divide the batch of {rows} rows, got {parts}.")
+    return found | {"batch_size": rows // parts, "accumulation": found.get("accumulation", 1) * parts}
