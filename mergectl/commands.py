@@ -139,8 +139,9 @@ def _merge(
     if scoring is not None:
         scoring.check(lab)
     result = merge_models(lab, job, target.out, force=target.force) | target.finish()
-    scores = {} if scoring is None else scoring.finish(lab, job, result)
-    lines = [f"{result['out']}  (run {result['run']})", *(f"{t}  {100 * s:.1f}" for t, s in scores.get("tasks", {}).items())]
+    scores = {} if scoring is None else scoring.finish(lab, result)
+    found = (f"{task}  {100 * score:.1f}" for task, score in scores.get("tasks", {}).items())
+    lines = [f"{result['out']}  (run {result['run']})", *found]
     lab.terminal.give(result | scores, lambda: print("\n".join(lines)))
 
 
@@ -203,11 +204,24 @@ def evaluate(
     show: Annotated[
         int, typer.Option("--show", min=0, help="Text-to-text: of each task so many texts, with what the model writes.")
     ] = 0,
+    conflict: Annotated[
+        bool,
+        typer.Option("--conflict", help="Measure the experts' opposite signs instead, and what each changed."),
+    ] = False,
+    experts: Annotated[
+        list[str] | None,
+        typer.Option("--experts", help="With --conflict: experts of the base MODEL; several may follow."),
+    ] = None,
 ) -> None:
     """Score a model per task; a merged model wears each task's own head."""
     from mergectl.families import named
     from mergectl.scoring import score
 
+    if conflict or experts:
+        from mergectl.conflict import show_conflict
+
+        show_conflict(lab, model, named(experts or []), asked=conflict, scoring=bool(on or heads))
+        return
     score(
         lab,
         model,

@@ -240,6 +240,10 @@ class _File(Mapping[str, "torch.Tensor"]):
         tensor: torch.Tensor = self._file.get_tensor(name)
         return tensor
 
+    def __contains__(self, name: object) -> bool:
+        """Say whether there is such a tensor, without reading it."""
+        return name in self._names
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 

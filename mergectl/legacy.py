@@ -4,7 +4,8 @@ from __future__ import annotations
 
 # Trimmed or not, by where the underscore stands: TIES_ trims, _TIES is the elected mean alone, as _MEDUSA is.
 NAMES = {
-    "SUM": "average", "TA": "task_arithmetic", "TIES_": "ties_tensor", "TIES_TIES": "ties_tensor", "TIES": "ties_tensor",
+    "SUM": "average", "TA": "task_arithmetic",
+    "TIES_": "ties_tensor", "TIES_TIES": "ties_tensor", "TIES": "ties_tensor",
     "_TIES": "medusa", "MEDUSA": "medusa", "DARE_SUM": "dare_average", "DARE_TA": "dare_task_arithmetic",
     "DARE_TIES": "dare_ties",
 }  # fmt: skip

@@ -50,7 +50,8 @@ def line_up(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> Population:
     merged = {name: own for name, own in shared.items() if base.dtype(own) in FLOATING}
     _same_kinds(base, shared, experts, views)
     grown = _grown(base, merged, experts, views)
-    twice = repeated([Renamed(base, merged), *(Renamed(experts[t], views[t]) for t in experts)])
+    models = [Renamed(base, merged), *(Renamed(experts[t], views[t]) for t in experts)]
+    twice = {} if base.config.get("tie_word_embeddings") is False else repeated(models)
     merged = {name: own for name, own in merged.items() if name not in twice}
     by_task = {t: Renamed(experts[t], {n: views[t][n] for n in merged}, grown) for t in experts}
     ours = Renamed(base, merged, grown)

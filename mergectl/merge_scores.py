@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from mergectl.checkpoints import open_checkpoint
 from mergectl.errors import UserError
 from mergectl.lab import Lab
 from mergectl.verbs import check_split, evaluate_model
 
 if TYPE_CHECKING:
     from mergectl.evaluate import Evaluation
-    from mergectl.merge import MergeJob
 
 
 class Scoring(NamedTuple):
@@ -29,29 +29,26 @@ class Scoring(NamedTuple):
             raise UserError(f"{self.file} cannot be written: it is a folder, or lies in none.")
         check_split(lab.tasks(self.words), "report")
 
-    def finish(self, lab: Lab, job: MergeJob, result: Mapping[str, Any]) -> dict[str, Any]:
+    def finish(self, lab: Lab, result: Mapping[str, Any]) -> dict[str, Any]:
         """Score the merged folder, if asked to; return what there is to say about it."""
         if not self.words:
             return {}
         found = evaluate_model(lab, result["out"], self.words)
         scores: Evaluation = found["evaluation"]
         if self.file is not None:
+            record = open_checkpoint(result["out"]).meta
             with self.file.open("a", encoding="utf-8") as file:
-                file.write("\n".join(told(job, result, found["run"], scores)) + "\n\n")
+                file.write("\n".join(told(record, result, found["run"], scores)) + "\n\n")
         return {"eval": found["run"], "tasks": scores.scores, "mean": scores.mean}
 
 
-def told(job: MergeJob, result: Mapping[str, Any], run: str, scores: Evaluation) -> list[str]:
+def told(record: Mapping[str, Any], result: Mapping[str, Any], run: str, scores: Evaluation) -> list[str]:
     """The models, the method with its settings, and the scores in percent, one fact per line."""
-    from mergectl.merge import described
-
-    recipe = described(job.recipe)
-    steps = [f"{step['name']} {_pairs(step['settings'])}".strip() for step in recipe["refine"]]
+    recipe = record["recipe"]
     return [
-        *([] if job.base is None else [f"base: {job.base}"]),
-        *(f"expert: {ref}" for _, ref in job.experts),
-        *(f"refine: {step}" for step in steps),
-        f"method: {recipe['method']} {_pairs(recipe['settings'])}".strip(),
+        *(f"{row['role']}: {row['ref']}" for row in record["inputs"]),
+        *(f"refine: {_pairs(step['name'], step['settings'])}" for step in recipe["refine"]),
+        f"method: {_pairs(recipe['method'], recipe['settings'])}",
         f"seed: {recipe['seed']}",
         f"merged: {result['out']} (run {result['run']})",
         *(f"{task}: {100 * score:.2f}" for task, score in scores.scores.items()),
@@ -59,6 +56,5 @@ def told(job: MergeJob, result: Mapping[str, Any], run: str, scores: Evaluation)
     ]
 
 
-def _pairs(settings: Mapping[str, Any]) -> str:
-    return " ".join(f"{name}={value}" for name, value in settings.items())
-
+def _pairs(name: str, settings: Mapping[str, Any]) -> str:
+    return " ".join([name, *(f"{key}={value}" for key, value in settings.items())])

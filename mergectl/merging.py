@@ -9,7 +9,9 @@ from mergectl.errors import UserError, did_you_mean
 from mergectl.inputs import Subset, Weights, split_heads
 from mergectl.methods._contract import MergeWarning
 from mergectl.plan import Recipe, Refinements, recipe_of
+from mergectl.settings import describe
 from mergectl.stream import Piece, Stream, merge_stream
+from mergectl.tied import repeated, uses
 
 if TYPE_CHECKING:
     import torch
@@ -30,12 +32,16 @@ def merge_weights(
     """Merge experts (task -> weights) of one base; heads that differ in shape stay with their tasks.
 
     Settings are one value each, or {pattern of weight names: value}, or where a method allows it one per task, as a
-    sequence or {task: value}.
+    sequence or {task: value}. Tied weights given under several names are merged, and counted, once.
     """
     if not experts:
         raise UserError("There is no expert to merge. Give at least one.")
     names: Weights = base if base is not None else next(iter(experts.values()))
     shared, alone, heads = split_heads(names, experts)
+    supplies, tied = dict(supplies or {}), repeated([Subset(model, shared) for model in (names, *experts.values())])
+    if "copies" in describe(method).supplies:
+        supplies.setdefault("copies", uses(shared, tied, {}))
+    shared = [name for name in shared if name not in tied]
     stream = merge_stream(
         recipe_of(method, settings, refine, seed),
         None if base is None else Subset(base, shared),
@@ -43,7 +49,7 @@ def merge_weights(
         supplies=supplies,
     )
     result = Merged({task: Subset(experts[task], heads[task]) for task in experts})
-    result.fill(stream, names)
+    result.fill(stream, names, tied)
     result.carry(Subset(names, alone))
     return result
 
@@ -63,8 +69,8 @@ class Merged(Mapping[str, "torch.Tensor"]):
         self._base: dict[str, torch.Tensor] = {}
         self._own = {task: {name: _copy(weights[name]) for name in weights} for task, weights in heads.items()}
 
-    def fill(self, stream: Stream, like: Weights) -> None:
-        """Take in all pieces of a merge, each in the type and place of its weight in `like`."""
+    def fill(self, stream: Stream, like: Weights, tied: Mapping[str, str]) -> None:
+        """Take in all pieces of a merge, each in the type and place of its weight in `like`, and tied ones' copies."""
         unified: dict[str, torch.Tensor] = {}
         masks: dict[str, dict[str, torch.Tensor]] = {task: {} for task in self.tasks}
         for piece in stream:
@@ -79,6 +85,7 @@ class Merged(Mapping[str, "torch.Tensor"]):
                     masks[task][piece.name] = mask
         if unified or stream.rescalers is not None:
             self.kept = {"unified": unified, "masks": masks, "rescalers": stream.rescalers}
+        self._weights.update({name: _copy(self._weights[of]).to(like[name]) for name, of in tied.items()})
         self._weights = {name: self._weights[name] for name in like if name in self._weights}
 
     def carry(self, weights: Weights) -> None:

@@ -288,6 +288,8 @@ def _search(lab: Lab, folder: Path, what: dict[str, Any]) -> bool:
         per_task=tuple(what.get("per_task", [])),
         limit=what.get("limit"),
         start=what.get("start", {}),
+        per_layer=tuple(str(word) for word in _list(what, "per_layer")),
+        **{key: what[key] for key in ("objective", "sigma", "population", "workers", "prune") if key in what},
     )
     return bool(search_settings(lab, job, folder / what["out"], reuse=True)["again"])
 
@@ -299,7 +301,24 @@ KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "eval": (("models",), ("on", "heads", "limit")),
     "search": (
         ("method", "experts", "out"),
-        ("base", "on", "fix", "range", "per_task", "refine", "sampler", "trials", "limit", "start"),
+        (
+            "base",
+            "on",
+            "fix",
+            "range",
+            "per_task",
+            "per_layer",
+            "refine",
+            "sampler",
+            "trials",
+            "limit",
+            "objective",
+            "start",
+            "sigma",
+            "population",
+            "workers",
+            "prune",
+        ),
     ),
 }
 STEPS: dict[str, Callable[[Lab, Path, dict[str, Any]], bool]] = {

@@ -54,7 +54,7 @@ class Pool:
 
     def map(self, work: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
         """Do what the builtin `map` does, several items at a time; work that asks for more work does it itself."""
-        if self._executor is None or getattr(self._worker, "depth", 0):
+        if self._executor is None or getattr(self._worker, "depth", 0) > 0:
             for item in items:
                 yield self._do(work, item)
             return

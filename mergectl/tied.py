@@ -7,10 +7,11 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mergectl.views import TOKENS
+from mergectl.inputs import shape_of
+from mergectl.tokens import TOKENS
 
 if TYPE_CHECKING:
-    from mergectl.views import Renamed
+    import torch
 
 HEAD = re.compile(
     r"(^|\.)(lm_head|lm_head\.decoder|embed_out|generator_lm_head|vocab_projector|predictions\.decoder)\."
@@ -20,16 +21,14 @@ WRITERS = ("CausalLM", "LMHeadModel", "ConditionalGeneration", "MaskedLM")
 READ_AGAIN = re.compile(r"(^|\.)(en|de)coder\.embed_tokens\.weight$")
 
 
-def repeated(models: Sequence[Renamed]) -> dict[str, str]:
+def repeated(models: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, str]:
     """Name -> the earlier name of which it is a copy in every one of the models."""
     import torch
 
     found: dict[str, str] = {}
-    if models[0].source.config.get("tie_word_embeddings") is False:
-        return found
     names = [name for name in models[0] if TOKENS.search(name)]
     for first, name in itertools.combinations(names, 2):
-        if first in found or name in found or any(model.shape(first) != model.shape(name) for model in models):
+        if first in found or name in found or any(shape_of(model, first) != shape_of(model, name) for model in models):
             continue
         if all(torch.equal(model[first], model[name]) for model in models):  # most often the first one says no
             found[name] = first

@@ -37,7 +37,7 @@ MNIST, LAND, FACES = TASKS["mnist"], TASKS["eurosat"], TASKS["fer2013"]
 TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 CONFIG: dict[str, Any] = {
     "model_type": "clip", "projection_dim": 8, "text_config": {**TOWER, "max_position_embeddings": 32},
-    "vision_config": {**TOWER, "image_size": 16, "patch_size": 8, "hidden_act": "quick_gelu"},
+    "vision_config": {**TOWER, "image_size": 16, "patch_size": 8, "projection_dim": 8},
 }  # fmt: skip
 Weights = Mapping[str, torch.Tensor]
 
@@ -89,7 +89,7 @@ def experts(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) ->
     for task in (MNIST, LAND):
         config = FinetuneConfig(
             task=task.id, base=str(base), max_steps=2, batch_size=4, lr=1e-2, weight_decay=0.1, scheduler="cosine",
-            warmup_steps=1, eval_every=1, device="cpu",
+            warmup=0.0, eval_every=1, device="cpu",
         )  # fmt: skip
         finetune(config, folder / task.name, data=data)
     return {task.id: folder / task.name for task in (MNIST, LAND)}
@@ -196,6 +196,14 @@ def test_training_that_was_stopped_goes_on_to_the_same_expert(
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[1])
 
 
+def test_warm_up_may_be_told_in_steps(tmp_path: Path) -> None:
+    from mergectl.training import arguments
+
+    config = FinetuneConfig(task=MNIST.id, base="base", warmup=0.06, device="cpu")
+    found = [arguments(each, tmp_path, "cpu") for each in (config, replace(config, warmup_steps=500))]
+    assert [args.get_warmup_steps(2000) for args in found] == [120, 500]
+
+
 def _interrupt(step: int) -> None:
     if step == 2:
         raise KeyboardInterrupt
@@ -263,11 +271,11 @@ def test_text_towers_that_experts_changed_are_merged_too(base: Path, tmp_path: P
     experts = {}
     for number, task in enumerate((MNIST.id, LAND.id)):
         experts[task] = shutil.copytree(base, tmp_path / task)
-        texts = {name: tensor + number for name, tensor in weights.items() if name.startswith("text_projection")}
+        texts = {name: tensor + number + 1 for name, tensor in weights.items() if name.startswith("text_projection")}
         save_file({**weights, **texts}, experts[task] / "model.safetensors")
     merged = merge(base, experts, tmp_path / "merged")
     name = "text_projection.weight"
-    assert torch.allclose(merged[name], weights[name] + 0.5, atol=1e-6)
+    assert torch.allclose(merged[name], weights[name] + 1.5, atol=1e-6)
 
 
 def test_an_expert_answers_a_suite_that_it_was_not_trained_in_by_the_texts_of_its_base(

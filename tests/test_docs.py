@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import re
 import shlex
 from pathlib import Path
@@ -54,9 +55,10 @@ def test_every_command_of_the_docs_has_options_that_exist(
     assert cli(*shlex.split(line)[1:], "--help") == 0, capsys.readouterr().err
 
 
-def install_example() -> Path:
+def install_example(in_blocks: bool = False) -> Path:
     """Save the docs' method where a user would."""
-    (code,) = re.findall(r"```python\n(.*?)```", PAGES["methods.md"], flags=re.S)
+    code, blocks = re.findall(r"```python\n(.*?)```", PAGES["methods.md"], flags=re.S)
+    code = code.split("def merge(")[0] + blocks if in_blocks else code
     path = Path("lab/methods/consensus_min.py")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(code)
@@ -64,9 +66,11 @@ def install_example() -> Path:
 
 
 def test_the_docs_method_merges(cli: Cli, population: Path) -> None:
-    install_example()
-    words = ["--base", population / "base", "--experts", population / "parity", population / "loop", "-o", "out"]
-    assert cli("merge", "consensus_min", *words, "--scale", "1.5") == 0
+    words = ["--base", population / "base", "--experts", population / "parity", population / "loop", "--scale", "1.5"]
+    for in_blocks, out in ((False, "whole"), (True, "blocks")):
+        install_example(in_blocks)
+        assert cli("merge", "consensus_min", *words, "-o", out) == 0
+    assert filecmp.cmp("whole/model.safetensors", "blocks/model.safetensors", shallow=False)
 
 
 def test_the_docs_sql_runs(cli: Cli, population: Path) -> None:

@@ -225,7 +225,9 @@ WRONG: list[tuple[list[str], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("words", "sentence"), WRONG, ids=lambda value: " ".join(value) if value else None)
+@pytest.mark.parametrize(
+    ("words", "sentence"), WRONG, ids=lambda value: " ".join(value) if isinstance(value, list) else None
+)
 def test_what_cannot_be_is_one_sentence_and_trains_nothing(
     cli: Cli, capsys: Capture, population: Path, words: list[str], sentence: str
 ) -> None:

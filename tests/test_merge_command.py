@@ -260,3 +260,64 @@ def test_blocks_read_from_files_are_the_weights(cli: Cli, population: Path, monk
 def test_an_option_before_the_method_is_not_passed_over(cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli("merge", "--push", "me/model", "ties", "--experts", "a", "b", "-o", "m") == 2
     assert "Give --push behind the method: mergectl merge ties" in capsys.readouterr().err
+
+
+def test_a_merge_may_be_scored_at_once_and_told_in_a_file(
+    cli: Cli, population: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("log.txt").write_text("before\n")
+    words = ["merge", "__DARE_TIES", "--base", population / "base", "--experts", population / "parity"]
+    more = [population / "loop", "-o", "m", "--drop", "0.5", "--eval", "digits/parity", "digits/loop"]
+    assert cli("--json", *words, *more, "--out-file", "log.txt") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["tasks"]) == {"digits/parity", "digits/loop"}
+    lines = Path("log.txt").read_text().splitlines()
+    assert lines[:4] == [
+        "before", f"base: {population / 'base'}", f"expert: {population / 'parity'}", f"expert: {population / 'loop'}",
+    ]  # fmt: skip
+    assert any(line.startswith("method: dare_ties drop=0.5 ") and "trim=none" in line for line in lines)
+    assert f"digits/loop: {100 * found['tasks']['digits/loop']:.2f}" in lines
+    assert f"mean: {100 * found['mean']:.2f} (run {found['eval']})" in lines
+    question = "select kind, count(*) as n from runs group by kind order by kind"
+    assert cli("--json", "report", "--sql", question) == 0
+    assert json.loads(capsys.readouterr().out) == [{"kind": "eval", "n": 1}, {"kind": "merge", "n": 1}]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--out-file", "log.txt"], "--out-file is for scores. Say of which tasks: --eval suite/task"),
+        (["--eval", "digits/loop", "--out-file", "nowhere/log.txt"], "nowhere/log.txt cannot be written"),
+        (["--eval", "digits/lop"], "No task 'lop' in suite 'digits'. Did you mean 'loop'?"),
+    ],
+)
+def test_what_cannot_be_scored_is_told_before_the_merge(
+    cli: Cli, population: Path, capsys: pytest.CaptureFixture[str], words: list[str], sentence: str
+) -> None:
+    experts = ["--experts", population / "parity", population / "loop"]
+    assert cli("merge", "average", *experts, "-o", "m", *words) == 2
+    assert sentence in capsys.readouterr().err
+    assert not Path("m").exists()
+
+
+LEGACY = {
+    "_SUM": "average", "__SUM": "average", "_TA": "task_arithmetic", "TIES_": "ties_tensor", "__TIES_": "ties_tensor",
+    "_TIES": "medusa", "__TIES": "medusa", "TIES_TIES": "ties_tensor", "DARE_SUM": "dare_average",
+    "__DARE_TA": "dare_task_arithmetic", "DARE_TIES": "dare_ties", "_MEDUSA": "medusa", "__MEDUSA": "medusa",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEGACY)
+def test_the_names_of_medusas_program_are_understood(cli: Cli, population: Path, name: str) -> None:
+    experts = ["--experts", population / "parity", population / "loop"]
+    for out, method in (("theirs", name), ("ours", LEGACY[name])):
+        assert cli("merge", method, "--base", population / "base", *experts, "-o", out) == 0
+    theirs, ours = tiny.weights(Path("theirs")), tiny.weights(Path("ours"))
+    assert all(torch.equal(theirs[key], ours[key]) for key in ours)
+
+
+def test_another_word_in_capitals_is_no_legacy_name(
+    cli: Cli, population: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli("merge", "_PCB", "--experts", population / "parity", "-o", "m") == 2
+    assert "No method '_PCB'" in capsys.readouterr().err

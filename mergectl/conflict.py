@@ -1,0 +1,133 @@
+"""Measure how far experts are in each other's way: opposite signs of their task vectors, and who changed what."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from mergectl import __version__
+from mergectl.checkpoints import open_checkpoint
+from mergectl.errors import UserError
+from mergectl.families import Family, open_family
+from mergectl.lab import Lab
+from mergectl.layers import NUMBERED
+from mergectl.refs import ref_of
+from mergectl.terminal import print_table
+from mergectl.verbs import Result, record_inputs
+
+if TYPE_CHECKING:
+    import torch
+
+Pair: TypeAlias = tuple[str, str]
+Part: TypeAlias = tuple[str, int | None]
+OTHER = "other"  # weights outside of layers: embeddings, last norms
+WHOLE: Part = ("", None)
+
+
+@dataclass
+class Counts:
+    """Of some weights: elements in all, and how many are opposed, by pair and by any pair, and changed, by expert."""
+
+    elements: int = 0
+    opposed: dict[Pair, int] = field(default_factory=dict)
+    any_opposed: int = 0
+    changed: dict[str, int] = field(default_factory=dict)
+    changed_by: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("none", "one", "several"), 0))
+
+    def add(self, tasks: Sequence[str], signs: torch.Tensor) -> None:
+        """Count one weight, given the signs of its task vectors, [task, *shape]."""
+        changes = (signs != 0).sum(0)
+        self.elements += changes.numel()
+        for task, row in zip(tasks, signs, strict=True):
+            self.changed[task] = self.changed.get(task, 0) + int((row != 0).sum())
+        for (one, a), (two, b) in itertools.combinations(zip(tasks, signs, strict=True), 2):
+            self.opposed[one, two] = self.opposed.get((one, two), 0) + int((a * b < 0).sum())
+        self.any_opposed += int(((signs > 0).any(0) & (signs < 0).any(0)).sum())
+        for word, count in (("none", changes == 0), ("one", changes == 1), ("several", changes > 1)):
+            self.changed_by[word] += int(count.sum())
+
+    def shares(self) -> Iterator[tuple[str, str | None, float]]:
+        """Name, expert or pair, and share of the elements."""
+        total = max(self.elements, 1)
+        yield "sign_conflict", None, self.any_opposed / total
+        for pair, count in self.opposed.items():
+            yield "sign_conflict", "|".join(pair), count / total
+        for task, count in self.changed.items():
+            yield "changed_share", task, count / total
+        for word, count in self.changed_by.items():
+            yield f"changed_by_{word}", None, count / total
+
+
+def measure(family: Family) -> dict[Part, Counts]:
+    """Count by stack of layers and number of the layer, and of the whole model."""
+    import torch
+
+    population = family.population
+    tasks = list(population.experts)
+    found: dict[Part, Counts] = {WHOLE: Counts()}
+    for name in population.base:
+        start = population.base[name].float()
+        signs = torch.stack([(population.experts[task][name].float() - start).sign().to(torch.int8) for task in tasks])
+        match = NUMBERED.match(name)
+        part: Part = (match[1].rstrip("."), int(match[2])) if match else (OTHER, None)
+        for key in (WHOLE, part):
+            found.setdefault(key, Counts()).add(tasks, signs)
+    return found
+
+
+def family_of(lab: Lab, model: str, experts: Sequence[tuple[str | None, str]]) -> Family:
+    """The experts that a merged model was made of, or those named, with the model as their base."""
+    if experts:
+        return open_family(model, experts, lab.find_run)
+    inputs: list[dict[str, Any]] = open_checkpoint(model, lab.find_run).meta.get("inputs", [])
+    rows = [row for row in inputs if row["role"] == "expert"]
+    base = next((ref_of(row) for row in inputs if row["role"] == "base"), None)
+    if not rows or base is None:
+        raise UserError(
+            f"{model} does not say from which base and experts it was merged. Name the base, and --experts."
+        )
+    return open_family(base, [(row["task"], ref_of(row)) for row in rows], lab.find_run)
+
+
+def store_conflict(lab: Lab, model: str, experts: Sequence[tuple[str | None, str]]) -> Result:
+    """Measure the conflict of experts and store it: of the whole model, and by layer under `<name>/<stack>`."""
+    family = family_of(lab, model, experts)
+    if len(family.experts) < 2:
+        raise UserError("A conflict takes at least two experts. Name more of them: --experts A B")
+    inputs = [{"role": row["role"], "task": row["task"], "digest": row["digest"]} for row in family.inputs]
+    with lab.start("eval", {"conflict": True, "inputs": inputs, "version": __version__}, name="conflict") as run:
+        record_inputs(run, family)
+        found = measure(family)
+        for (stack, number), counts in found.items():
+            for name, task, share in counts.shares():
+                run.metric(f"{name}/{stack}" if stack else name, share, task=task, step=number)
+    return {"run": run.id, "parts": found}
+
+
+def show_conflict(
+    lab: Lab, model: str, experts: Sequence[tuple[str | None, str]], *, asked: bool, scoring: bool
+) -> None:
+    """Measure, store and print, if that and nothing else is asked for."""
+    if not asked:
+        raise UserError("--experts names models whose conflict is measured. Add --conflict; heads have --heads.")
+    if scoring:
+        raise UserError("--conflict measures weights, not answers. Leave out --on and --heads.")
+    result = store_conflict(lab, model, experts)
+    parts: Mapping[Part, Counts] = result["parts"]
+    whole = parts[WHOLE]
+    layers = [
+        {"stack": stack, "layer": number, "sign_conflict": counts.any_opposed / max(counts.elements, 1)}
+        for (stack, number), counts in sorted(parts.items(), key=lambda item: (item[0][0], item[0][1] or 0))
+        if stack
+    ]
+    facts = [{"name": name, "of": task, "share": share} for name, task, share in whole.shares()]
+
+    def show() -> None:
+        rows = [(row["name"], row["of"], f"{100 * float(str(row['share'])):.2f}") for row in facts]
+        print_table(f"Share of all elements in percent (run {result['run']})", ("what", "of", "percent"), rows, left=2)
+        by_layer = [(row["stack"], row["layer"], f"{100 * float(str(row['sign_conflict'])):.2f}") for row in layers]
+        print_table("Elements of opposite signs in percent", ("stack", "layer", "percent"), by_layer, left=1)
+
+    lab.terminal.give({"run": result["run"], "whole": facts, "layers": layers}, show)
