@@ -91,19 +91,24 @@ def family_of(lab: Lab, model: str, experts: Sequence[tuple[str | None, str]]) -
     return open_family(base, [(row["task"], ref_of(row)) for row in rows], lab.find_run)
 
 
-def store_conflict(lab: Lab, model: str, experts: Sequence[tuple[str | None, str]]) -> Result:
+def store_conflict(
+    lab: Lab, model: str, experts: Sequence[tuple[str | None, str]], *, reuse: bool = False
+) -> Result:
     """Measure the conflict of experts and store it: of the whole model, and by layer under `<name>/<stack>`."""
     family = family_of(lab, model, experts)
     if len(family.experts) < 2:
         raise UserError("A conflict takes at least two experts. Name more of them: --experts A B")
     inputs = [{"role": row["role"], "task": row["task"], "digest": row["digest"]} for row in family.inputs]
-    with lab.start("eval", {"conflict": True, "inputs": inputs, "version": __version__}, name="conflict") as run:
+    config = {"conflict": True, "inputs": inputs, "version": __version__}
+    if reuse and (done := lab.done("eval", config)):
+        return {"run": done["run_id"], "again": True}
+    with lab.start("eval", config, name="conflict") as run:
         record_inputs(run, family)
         found = measure(family)
         for (stack, number), counts in found.items():
             for name, task, share in counts.shares():
                 run.metric(f"{name}/{stack}" if stack else name, share, task=task, step=number)
-    return {"run": run.id, "parts": found}
+    return {"run": run.id, "parts": found, "again": False}
 
 
 def show_conflict(

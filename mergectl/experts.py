@@ -9,13 +9,23 @@ from typing import Any
 from mergectl.errors import UserError, did_you_mean
 from mergectl.grid import Grid, finetune_grid
 from mergectl.lab import Lab
-from mergectl.medusa import MedusaJob, finetune_for_medusa
+from mergectl.medusa import OWN_OPTIONS, MedusaJob, finetune_for_medusa
 from mergectl.verbs import Result
 
 PURPOSES = ("none", "medusa")
 
 
-def check_purpose(purpose: str, typed: Sequence[str], grid: Grid) -> None:
+def owned(what: Mapping[str, Any]) -> list[str]:
+    """What a pipeline's step says about ownership."""
+    return [name for name in OWN_OPTIONS if name in what]
+
+
+def job_of(what: Mapping[str, Any]) -> MedusaJob:
+    """What a pipeline's step says about ownership, as a job."""
+    return MedusaJob(**{name: what[name] for name in owned(what)} | {"against": tuple(what["against"])})
+
+
+def check_purpose(purpose: str, typed: Sequence[str], grid: Grid, by_task: Mapping[str, Any] | None = None) -> None:
     """Refuse an unknown purpose, and what has no meaning for one."""
     if purpose not in PURPOSES:
         raise UserError(f"Experts are trained for none or medusa, got '{purpose}'.{did_you_mean(purpose, PURPOSES)}")
@@ -23,6 +33,8 @@ def check_purpose(purpose: str, typed: Sequence[str], grid: Grid) -> None:
         raise UserError(f"--{typed[0].replace('_', '-')} is for ownership masks. Add --for medusa.")
     if purpose == "medusa" and grid:
         raise UserError("--for medusa trains one expert per task: leave out --grid.")
+    if purpose == "medusa" and by_task:
+        raise UserError("A step for medusa trains its tasks together: leave out by_task.")
 
 
 def train(

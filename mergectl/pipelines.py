@@ -144,7 +144,7 @@ def _verb(step: Mapping[str, Any]) -> str:
 
 def check(lab: Lab, step: Mapping[str, Any], number: int) -> None:
     """Refuse a step that could not be done, before hours are spent on those before it."""
-    from mergectl.experts import check_purpose
+    from mergectl.experts import check_purpose, owned
     from mergectl.grid import check_grid
     from mergectl.plan import recipe_of
     from mergectl.search import check_sampler
@@ -158,7 +158,7 @@ def check(lab: Lab, step: Mapping[str, Any], number: int) -> None:
         given = what.get("settings") or what.get("fix") or {}
         recipe_of(what["method"], given, what.get("refine", []), lab.seed)
     check_sampler(what.get("sampler", "random"))
-    check_purpose(what.get("for", "none"), _typed(what), check_grid(what.get("grid", {})))
+    check_purpose(what.get("for", "none"), owned(what), check_grid(what.get("grid", {})), what.get("by_task", {}))
     lab.tasks([*_list(what, "tasks"), *_list(what, "on")])
 
 
@@ -202,34 +202,20 @@ def _finetune_each(lab: Lab, folder: Path, what: Mapping[str, Any]) -> bool:
 
 
 def _finetune(lab: Lab, folder: Path, what: dict[str, Any]) -> bool:
-    from mergectl.experts import train
+    from mergectl.experts import job_of, owned, train
     from mergectl.grid import check_grid
-    from mergectl.medusa import OWN_OPTIONS
 
-    taken = ("tasks", "base", "out", "grid", "for", *OWN_OPTIONS)
+    taken = ("tasks", "base", "out", "grid", "for", *owned(what))
     options = {key: value for key, value in what.items() if key not in taken}
     base, grid = what["base"], check_grid(what.get("grid", {}))
     if isinstance(base, dict):
         base = _config_file(folder, base)
+    job = job_of({**what, "against": [_inside(folder, ref) for ref in _list(what, "against")]})
     results = train(
         lab, _list(what, "tasks"), _inside(folder, base), folder / what.get("out", ""), options,
-        what.get("for", "none"), _medusa_job(folder, what), _typed(what), grid, reuse=True,
+        what.get("for", "none"), job, owned(what), grid, reuse=True,
     )  # fmt: skip
     return all(result["again"] for result in results)
-
-
-def _typed(what: Mapping[str, Any]) -> list[str]:
-    """What a step says about ownership."""
-    from mergectl.medusa import OWN_OPTIONS
-
-    return [name for name in OWN_OPTIONS if name in what]
-
-
-def _medusa_job(folder: Path, what: Mapping[str, Any]) -> Any:
-    from mergectl.medusa import MedusaJob
-
-    against = tuple(_inside(folder, ref) for ref in _list(what, "against"))
-    return MedusaJob(**{name: what[name] for name in _typed(what)} | {"against": against})
 
 
 def _config_file(folder: Path, config: Mapping[str, Any]) -> str:
@@ -266,13 +252,15 @@ def _merge(lab: Lab, folder: Path, what: dict[str, Any]) -> bool:
 
 
 def _eval(lab: Lab, folder: Path, what: dict[str, Any]) -> bool:
+    from mergectl.conflict import store_conflict
     from mergectl.verbs import evaluate_model
 
+    models = [_inside(folder, model) for model in what["models"]]
+    if what.get("conflict"):
+        return all([store_conflict(lab, model, (), reuse=True)["again"] for model in models])
     heads = tuple((task, _inside(folder, ref)) for task, ref in named(what.get("heads", [])))
-    results = [
-        evaluate_model(lab, _inside(folder, model), _list(what, "on"), heads=heads, reuse=True, limit=what.get("limit"))
-        for model in what["models"]
-    ]
+    how = {key: what[key] for key in ("limit", "answer_metric") if key in what}
+    results = [evaluate_model(lab, model, _list(what, "on"), heads=heads, reuse=True, **how) for model in models]
     return all(result["again"] for result in results)
 
 
@@ -298,7 +286,7 @@ def _search(lab: Lab, folder: Path, what: dict[str, Any]) -> bool:
 KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "finetune": (("tasks", "base"), ("out", "grid", "by_task")),
     "merge": (("method", "experts", "out"), ("base", "settings", "refine")),
-    "eval": (("models",), ("on", "heads", "limit")),
+    "eval": (("models",), ("on", "heads", "limit", "answer_metric", "conflict")),
     "search": (
         ("method", "experts", "out"),
         (

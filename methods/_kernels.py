@@ -1,8 +1,8 @@
 """Arithmetic shared by the methods: pure functions on one weight, stacked over tasks as [task, *shape].
 
-Sums over tasks run one task at a time, in task order and in the type of the weights (float32 at least); those that
-elect a sign run in float64, so that float32 entries of ordinary range elect the same sign in any order. Masks are
-numbers (1 where true) because torch compares into numbers several times faster than into booleans.
+Sums over tasks run one task at a time, in task order and in the type of the weights (float32 at least). The sign that
+they elect is that of a sum in float64, so that float32 entries of ordinary range elect the same in any order. Masks
+are numbers (1 where true) because torch compares into numbers several times faster than into booleans.
 """
 
 from __future__ import annotations
@@ -95,8 +95,21 @@ def keep_outliers(x: torch.Tensor, centres: Sequence[float], distances: Sequence
 
 
 def elect_by_mass(x: torch.Tensor) -> torch.Tensor:
-    """Return the sign of the sum over tasks: -1, 0 or 1."""
-    return total(x).sign_().to(x.dtype)
+    """Return the sign of the sum over tasks: -1, 0 or 1.
+
+    It is that of the sum in float64, which is taken only where rounding could change the sign of one in float32.
+    """
+    if x.dtype != torch.float32:
+        return total(x).sign_().to(x.dtype)
+    sums, mass = plain_sum(x), x[0].abs()
+    for row in x[1:]:
+        mass += row.abs()
+    unsure = torch.lt(sums.abs(), mass.mul_(len(x) * 2.0**-23), out=mass)
+    sign = sums.sign_()
+    if float(unsure.sum()) > 0:
+        places = unsure.reshape(-1).nonzero().reshape(-1)
+        sign.view(-1)[places] = total(x.reshape(len(x), -1)[:, places]).sign_().to(x.dtype)
+    return sign
 
 
 def elect_by_share(x: torch.Tensor, square_norms: Sequence[float]) -> torch.Tensor:

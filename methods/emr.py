@@ -74,8 +74,8 @@ def merge(
 
 def elect(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the unified vector, and 1 where a task's entries agree with it; a mean of zero elects minus."""
-    sum_ = _kernels.total(x)
-    sign = torch.gt(sum_, 0, out=sum_).mul_(2).sub_(1).to(x.dtype)
+    elected = _kernels.elect_by_mass(x)
+    sign = torch.gt(elected, 0, out=elected).mul_(2).sub_(1)
     agreeing, largest = torch.empty_like(x), torch.zeros_like(x[0])
     for row, mask in zip(x, agreeing, strict=True):
         part = _kernels.agreeing(row, sign)

@@ -143,6 +143,50 @@ def test_a_small_base_is_seeded_and_knows_every_word_of_the_samples(tmp_path: Pa
     assert len(first["shared.weight"]) == len(tokenizer)
 
 
+VISION = ["sun397", "cars", "resisc45", "eurosat", "svhn", "gtsrb", "mnist", "dtd"]
+
+
+def test_the_vision_pipelines_of_the_pcb_paper_train_as_its_recipe_says() -> None:
+    assert {"pcb-vit-b32", "pcb-vit-l14", "pcb-vit-b32-search"} <= set(SMALL)
+    for name in ("pcb-vit-b32", "pcb-vit-l14"):
+        (train,) = (step["finetune"] for step in pipelines.load(name, {}).steps if "finetune" in step)
+        usual = {"lr": 1e-5, "weight_decay": 0.1, "scheduler": "cosine", "warmup_steps": 500, "max_steps": None}
+        assert usual.items() <= train.items()
+        assert train["batch_size"] * train["accumulation"] == 128
+        assert train["tasks"] == [f"vision8/{name}" for name in VISION]
+        assert [train["by_task"][task]["epochs"] for task in train["tasks"]] == [14, 35, 15, 12, 4, 11, 5, 76]
+
+
+def test_each_task_is_trained_with_its_own_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, Any]] = []
+    monkeypatch.setattr(pipelines, "_finetune", lambda lab, folder, what: seen.append(what) is None)
+    step = {"tasks": ["a", "b"], "base": "x", "epochs": 1, "by_task": {"b": {"epochs": 2}, "c": {"epochs": 3}}}
+    assert pipelines._finetune_each(Lab(), Path(), step)
+    assert seen == [{"tasks": ["a"], "base": "x", "epochs": 1}, {"tasks": ["b"], "base": "x", "epochs": 2}]
+
+
+def test_a_wrong_setting_of_one_task_is_refused() -> None:
+    step = {"finetune": {"tasks": ["digits/loop"], "base": "x", "by_task": {"digits/loop": {"epoch": 2}}}}
+    with pytest.raises(UserError, match=r"has no key 'epoch'\. Did you mean 'epochs'\?"):
+        pipelines.check(Lab(), step, 1)
+
+
+def test_a_vision_pipeline_is_tried_on_a_tiny_clip_and_tiny_images(cli: Cli, capsys: Capture) -> None:
+    assert cli("run", "pcb-vit-b32-search", "--smoke") == 0
+    folder = Path("lab/smoke/runs/pcb-vit-b32")
+    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == [
+        "base", "data", "experts", "pcb_cmaes", "pcb_es",
+    ]  # fmt: skip
+    capsys.readouterr()
+    question = "select kind, count(*) as n from runs group by kind order by kind"
+    assert cli("--json", "--store", "lab/smoke/mergectl.duckdb", "report", "--sql", question) == 0
+    found = {row["kind"]: row["n"] for row in json.loads(capsys.readouterr().out)}
+    assert found == {"eval": 2, "finetune": 2, "merge": 2, "search": 1, "trial": 2}
+    before, after = (load_file(folder / name / "model.safetensors") for name in ("base", "pcb_cmaes"))
+    changed = {name.split(".")[0] for name in before if not before[name].equal(after[name])}
+    assert changed == {"vision_model", "visual_projection"}
+
+
 def test_a_small_base_reads_no_images(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has a task on images"):
         smoke.make_base(tmp_path / "base", T5, Lab().tasks(["digits/loop"]), 0)

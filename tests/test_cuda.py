@@ -1,0 +1,36 @@
+"""On a CUDA device a merge gives what it gives on the processor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mergectl import settings
+from mergectl.merging import merge_stream
+from mergectl.plan import recipe_of
+from tests.conftest import Cli
+from tests.methods.families import expert_count, family
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_merge_on_the_device_is_that_of_the_processor(dtype: torch.dtype) -> None:
+    for name in settings.names():
+        base, experts = family(expert_count(name), dtype=dtype)
+        for number, weights in enumerate((base, *experts.values())):  # one weight of several blocks
+            weights["m.long"] = torch.randn(700, 900, generator=torch.Generator().manual_seed(number)).to(dtype)
+        wanted = {piece.name: piece.weight for piece in merge_stream(recipe_of(name), base, experts)}
+        for piece in merge_stream(recipe_of(name), base, experts, device="cuda"):
+            assert piece.weight.device.type == "cpu"
+            torch.testing.assert_close(piece.weight, wanted[piece.name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there_is_refused(cli: Cli, population: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    experts = [population / "parity", population / "loop"]
+    assert cli("--device", "cuda", "merge", "average", "--experts", *experts, "-o", "m") == 2
+    assert "this machine has no usable CUDA device" in capsys.readouterr().err
+    assert not Path("m").exists()
