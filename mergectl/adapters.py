@@ -103,6 +103,10 @@ class AdapterCheckpoint(Checkpoint):
     def __len__(self) -> int:
         return len(self._names)
 
+    def __contains__(self, name: object) -> bool:
+        """Say whether there is such a weight, without reading it."""
+        return name in self._names
+
     @property
     def names(self) -> list[str]:
         """Weight names: the base's, then the trained head's."""
@@ -138,6 +142,20 @@ class AdapterCheckpoint(Checkpoint):
         tensors = {part: self._adapter.read(key).float() for part, key in parts.items()}
         fold = _fold_ia3 if self.kind == "IA3" else _fold_lora
         return fold(weight.float(), tensors, name, self.settings)
+
+    @property
+    def modules(self) -> dict[str, dict[str, str]]:
+        """The adapted modules, each with its parts and their names in the file."""
+        return self._modules
+
+    def part(self, module: str, name: str) -> torch.Tensor:
+        """One part of a module's adapter: `lora_A`, `lora_B` or `ia3_l`."""
+        return self._adapter.read(self._modules[module][name]).float()
+
+    def product(self, module: str) -> torch.Tensor:
+        """What plain LoRA adds to a module's weight: s B A, outputs by inputs."""
+        down, up = self.part(module, "lora_A"), self.part(module, "lora_B")
+        return _lora_scale(f"{module}.weight", len(down), self.settings) * (up @ down)
 
     @cached_property
     def digest(self) -> str:

@@ -31,6 +31,8 @@ def merge_again(lab: Lab, folder: Path, out: Path | None, *, force: bool = False
     if not (folder / "mergectl.json").exists():
         raise UserError(f"{folder} has no mergectl.json, so there is no record of how it was merged.")
     record = read_json(folder / "mergectl.json")
+    if kind := record.get("output", {}).get("adapter"):
+        raise UserError(f"{folder} is a merged adapter ({kind}). Only merged models can be made anew.")
     job = job_of(record, folder)
     lab = replace(lab, seed=job.recipe.seed)
     family = open_family(job.base, job.experts, lab.find_run)

@@ -19,6 +19,7 @@ TOKENIZER = (
     "vocab.json", "merges.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model",
 )  # fmt: skip
 CARRIED = ("preprocessor_config.json", "processor_config.json", "generation_config.json", "chat_template.jinja")
+MODEL = ("config.json", "adapter_config.json")  # a folder that holds one of them may be replaced
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -28,7 +29,7 @@ def check_free(out: Path, force: bool) -> None:
         raise UserError(f"{out} exists already. Choose another -o, or replace it with --force.")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file, not a folder. Choose another -o.")
-    if out.exists() and any(out.iterdir()) and not (out / "config.json").exists():
+    if out.exists() and any(out.iterdir()) and not any((out / name).exists() for name in MODEL):
         raise UserError(f"{out} is not a model folder, so --force will not replace it.")
     parent = next(p for p in [out.absolute().parent, *out.absolute().parents] if p.exists())
     if not os.access(parent, os.W_OK):

@@ -104,27 +104,38 @@ def merge(
     out_file: Annotated[
         Path | None, typer.Option("--out-file", help="With --eval: add models, method and scores to this text file.")
     ] = None,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Merge LoRA or IA3 adapters into an adapter, not into the base.")
+    ] = False,
+    adapter_rank: Annotated[
+        int | None, typer.Option("--adapter-rank", help="Rank of a merged LoRA adapter; default: the sum of ranks.")
+    ] = None,
     force: Force = False,
     **values: Any,
 ) -> None:
     """Merge experts by a method."""
+    from mergectl.adapter_merge import making
     from mergectl.families import named
     from mergectl.layer_maps import parse
     from mergectl.merge_scores import Scoring
     from mergectl.settings import settings_of
 
+    others = {"export": export, "layer-map": layer_map, "shard-size": shard_size, "dtype": dtype != "auto"}
+    make = making(adapter, adapter_rank, [name for name, given in others.items() if given])
     settings = given_settings(values, settings_of(method))
     target, layers = Target(out, force, shard_size, push, public), parse(layer_map or (), depth)
     scoring = Scoring(tuple(tasks or ()), out_file)
-    _merge(lab, method, settings, named(experts), base, refine or [], dtype, export, target, layers, scoring)
+    _merge(lab, method, settings, named(experts), base, refine or [], dtype, export, target, layers, scoring, make)
 
 
 def _merge(
     lab: Lab, method: str, settings: Mapping[str, Any], experts: Any, base: str | None, refine: Any, dtype: str,
     export: str | None, target: Target, layers: LayerMap, scoring: Scoring | None = None,
+    make: Callable[..., Any] | None = None,
 ) -> None:  # fmt: skip
     from mergectl.layer_maps import mapped
     from mergectl.merge import DTYPES, MergeJob
+    from mergectl.merge_scores import Scoring, shown
     from mergectl.plan import recipe_of
     from mergectl.tensorfiles import parse_size
     from mergectl.verbs import merge_models
@@ -136,12 +147,11 @@ def _merge(
     origin, models = mapped(base, tuple(experts), layers, lab.find_run)
     job = MergeJob(recipe, models, origin, dtype, export, size)
     assert target.out is not None
-    if scoring is not None:
-        scoring.check(lab)
-    result = merge_models(lab, job, target.out, force=target.force) | target.finish()
-    scores = {} if scoring is None else scoring.finish(lab, result)
-    found = (f"{task}  {100 * score:.1f}" for task, score in scores.get("tasks", {}).items())
-    lines = [f"{result['out']}  (run {result['run']})", *found]
+    scoring = scoring or Scoring()
+    scoring.check(lab)
+    result = (make or merge_models)(lab, job, target.out, force=target.force) | target.finish()
+    scores = scoring.finish(lab, result)
+    lines = [f"{result['out']}  (run {result['run']})", *shown(scores)]
     lab.terminal.give(result | scores, lambda: print("\n".join(lines)))
 
 

@@ -91,9 +91,7 @@ def family_of(lab: Lab, model: str, experts: Sequence[tuple[str | None, str]]) -
     return open_family(base, [(row["task"], ref_of(row)) for row in rows], lab.find_run)
 
 
-def store_conflict(
-    lab: Lab, model: str, experts: Sequence[tuple[str | None, str]], *, reuse: bool = False
-) -> Result:
+def store_conflict(lab: Lab, model: str, experts: Sequence[tuple[str | None, str]], *, reuse: bool = False) -> Result:
     """Measure the conflict of experts and store it: of the whole model, and by layer under `<name>/<stack>`."""
     family = family_of(lab, model, experts)
     if len(family.experts) < 2:

@@ -58,3 +58,8 @@ def told(record: Mapping[str, Any], result: Mapping[str, Any], run: str, scores:
 
 def _pairs(name: str, settings: Mapping[str, Any]) -> str:
     return " ".join([name, *(f"{key}={value}" for key, value in settings.items())])
+
+
+def shown(facts: Mapping[str, Any]) -> list[str]:
+    """A line per task for the terminal."""
+    return [f"{task}  {100 * score:.1f}" for task, score in facts.get("tasks", {}).items()]

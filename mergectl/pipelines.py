@@ -287,28 +287,11 @@ KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "finetune": (("tasks", "base"), ("out", "grid", "by_task")),
     "merge": (("method", "experts", "out"), ("base", "settings", "refine")),
     "eval": (("models",), ("on", "heads", "limit", "answer_metric", "conflict")),
-    "search": (
-        ("method", "experts", "out"),
-        (
-            "base",
-            "on",
-            "fix",
-            "range",
-            "per_task",
-            "per_layer",
-            "refine",
-            "sampler",
-            "trials",
-            "limit",
-            "objective",
-            "start",
-            "sigma",
-            "population",
-            "workers",
-            "prune",
-        ),
-    ),
-}
+    "search": (("method", "experts", "out"), (
+        "base", "on", "fix", "range", "per_task", "per_layer", "refine", "sampler", "trials", "limit", "objective",
+        "start", "sigma", "population", "workers", "prune",
+    )),
+}  # fmt: skip
 STEPS: dict[str, Callable[[Lab, Path, dict[str, Any]], bool]] = {
     "finetune": _finetune_each,
     "merge": _merge,

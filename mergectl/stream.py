@@ -146,7 +146,10 @@ class Stream:
         merged, *masks = result if isinstance(result, tuple) else (result,)
         if merged.shape != self.inputs.shapes.get(name):
             raise UserError(f"Method '{method}' gave an unknown or misshapen weight '{name}': mend its file.")
-        weight = merged if is_weight else self.inputs.base_weight(name) + merged
+        if not is_weight:
+            weight = self.inputs.base_weight(name) + merged
+        else:  # a view may be of memory that the next weight is read into
+            weight = merged.clone() if merged._is_view() else merged
         delta, kept = (merged.cpu(), masks[0].cpu()) if masks else (None, None)
         if name not in self.inputs.blocks:
             return Piece(name, weight.cpu(), delta, kept)

@@ -112,7 +112,7 @@ def evaluate_model(
     with lab.start("eval", config, name=f"{model.label}@{split}") as run:
         run.input("model", model.ref, model.digest)
         for task, expert in by_task.items():
-            run.input("head", expert.ref, expert.digest, task=task)
+            run.input("texts" if lends_texts(expert, model) else "head", expert.ref, expert.digest, task=task)
         with lab.terminal.progress(f"Evaluating {model.label}") as progress:
             found = evaluate(
                 model, tasks, split=split, data=lab.data, batch_size=batch_size, limit=limit,
@@ -188,7 +188,11 @@ def evaluate_references(lab: Lab, family: Family, words: Sequence[str], **how: A
     heads = [(family.task_ids[task], expert.place) for task, expert in family.experts.items()]
     wanted = [task.id for task in lab.tasks(words or [task for task, _ in heads])]
     heads = [(task, ref) for task, ref in heads if task in wanted]
-    lent = {family.task_ids[task]: family.base.place for task in family.experts if _borrows(family, task)}
+    lent = {
+        family.task_ids[task]: family.base.place
+        for task, expert in family.experts.items()
+        if family.has_base and lends_texts(family.base, expert)
+    }
     results = [
         evaluate_model(lab, ref, [task], heads=[(task, lent[task])] if task in lent else (), reuse=True, **how)
         for task, ref in heads
@@ -199,13 +203,11 @@ def evaluate_references(lab: Lab, family: Family, words: Sequence[str], **how: A
     return results
 
 
-def _borrows(family: Family, task: str) -> bool:
-    """Whether an expert is a CLIP vision tower that has no head of its own, so that its base makes it."""
+def lends_texts(lender: Checkpoint, model: Checkpoint) -> bool:
+    """Whether one gives a CLIP vision tower without a head or texts the head that is its own."""
     from mergectl.clip import HEAD, has_texts, is_zero_shot
 
-    expert = family.experts[task]
-    bare = is_zero_shot(expert.config) and HEAD not in expert and not has_texts(expert)
-    return family.has_base and bare and has_texts(family.base)
+    return is_zero_shot(model.config) and not has_texts(model) and HEAD not in model and has_texts(lender)
 
 
 def finetune_experts(

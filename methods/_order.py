@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
-Between: TypeAlias = "tuple[int, Array]"  # how many are above the bounds, and all that lie within them
+
+
+class Between(NamedTuple):
+    """The entries between two bounds, and how many are above both, at the upper and at the lower one."""
+
+    inside: Array
+    above: int
+    upper: int
+    lower: int
+
 
 _TOP = 1 << 31
 _LOWEST = 0x007FFFFF  # the key of minus infinity
@@ -41,22 +50,29 @@ def bounds(sample: Array, rank: int, count: int) -> tuple[float, float]:
 
 
 def count_between(row: Array, wanted: Sequence[tuple[float, float]]) -> list[Between]:
-    """Return for each pair of bounds how many entries are above them, and those within."""
+    """Count and collect for each pair of bounds; entries at a bound are only counted: there may be very many zeros."""
     found = []
     for low, high in wanted:
-        over = row > high
-        found.append((int(np.count_nonzero(over)), row[np.flatnonzero((row >= low) ^ over)]))
+        above, from_upper = int(np.count_nonzero(row > high)), int(np.count_nonzero(row >= high))
+        inside = row[np.flatnonzero((row > low) & (row < high))]
+        lower = int(np.count_nonzero(row >= low)) - from_upper - len(inside)
+        found.append(Between(inside, above, from_upper - above, lower))
     return found
 
 
-def kth_between(parts: Sequence[Between], rank: int, count: int) -> float:
+def kth_between(parts: Sequence[Between], bound: tuple[float, float], rank: int, count: int) -> float:
     """Return the k-th largest entry if it lies within the bounds, else NaN."""
     special = _special(rank, count)
     if special is not None:
         return special
-    rest = rank - sum(above for above, _ in parts)
-    within = np.concatenate([part for _, part in parts])
-    return kth_of(within, [rest])[0] if 0 < rest <= len(within) else math.nan
+    upper = sum(part.upper for part in parts)
+    inside = np.concatenate([part.inside for part in parts])
+    rest = rank - sum(part.above for part in parts)
+    if 0 < rest <= upper:
+        return bound[1] + 0.0
+    if upper < rest <= upper + len(inside):
+        return kth_of(inside, [rest - upper])[0]
+    return bound[0] + 0.0 if 0 < rest - upper - len(inside) <= sum(part.lower for part in parts) else math.nan
 
 
 def keys(row: Array) -> Array:

@@ -190,7 +190,7 @@ class TaskVectors(Mapping[str, "torch.Tensor"]):
         for place, wanted in enumerate(ranks):
             for task, rank in enumerate(wanted):
                 parts = [unit[task][place] for unit in counts]
-                found[place][task] = _order.kth_between(parts, rank, self.numel)
+                found[place][task] = _order.kth_between(parts, bounds[task][place], rank, self.numel)
         for place in (place for place, values in enumerate(found) if any(math.isnan(value) for value in values)):
             exact = self._reach([float(rank) for rank in ranks[place]], None)
             pairs = zip(found[place], exact, strict=True)

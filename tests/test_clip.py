@@ -30,7 +30,7 @@ from mergectl.merge import MergeJob
 from mergectl.models import quiet
 from mergectl.plan import recipe_of
 from mergectl.preprocess import ImagePreparer, image_preparer
-from mergectl.verbs import evaluate_references, merge_models
+from mergectl.verbs import evaluate_model, evaluate_references, merge_models
 
 TASKS = {task.name: with_suite(task, "vision20") for task in vision20.TASKS}
 MNIST, LAND, FACES = TASKS["mnist"], TASKS["eurosat"], TASKS["fer2013"]
@@ -98,7 +98,8 @@ def experts(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def merge(base: Path, experts: Mapping[str, Any], out: Path, method: str = "average", **settings: Any) -> Weights:
     job = MergeJob(recipe_of(method, settings, [], 0), tuple((t, str(ref)) for t, ref in experts.items()), str(base))
     merge_models(Lab(device="cpu"), job, out)
-    return load_file(out / "model.safetensors")
+    found: dict[str, torch.Tensor] = load_file(out / "model.safetensors")
+    return found
 
 
 def test_zero_shot_logits_are_those_of_the_clip_model(base: Path) -> None:
@@ -150,7 +151,12 @@ def test_a_head_is_made_once_for_the_same_texts_and_text_tower(
     weights = load_file(base / "model.safetensors")
     save_file({**weights, **moved(weights, 1)}, other / "model.safetensors")
     made: list[list[str]] = []
-    monkeypatch.setattr(clip.TextTower, "_mean", lambda _, texts: made.append(texts) or torch.ones(8))
+
+    def mean(_: clip.TextTower, texts: list[str]) -> torch.Tensor:
+        made.append(texts)
+        return torch.ones(8)
+
+    monkeypatch.setattr(clip.TextTower, "_mean", mean)
     assert torch.equal(clip.TextTower(open_checkpoint(other)).head(MNIST), first)
     assert made == []
     clip.TextTower(open_checkpoint(base)).head(replace(MNIST, prompts=("the digit {}",)))
@@ -211,10 +217,13 @@ def _interrupt(step: int) -> None:
 
 def test_adapters_on_clip_leave_the_head_as_it_is(base: Path, data: Path, tmp_path: Path) -> None:
     config = FinetuneConfig(
-        task=MNIST.id, base=str(base), max_steps=2, batch_size=4, peft="lora", rank=2, eval_every=1, device="cpu"
-    )
+        task=MNIST.id, base=str(base), max_steps=2, batch_size=4, peft="lora", rank=2, lr=1e-2,
+        warmup=0.0, eval_every=2, device="cpu",
+    )  # fmt: skip
     finetune(config, tmp_path / "lora", data=data)
     whole, adapter = load_file(tmp_path / "lora" / "model.safetensors"), open_checkpoint(tmp_path / "lora" / "adapter")
+    before = load_file(base / "model.safetensors")
+    assert sum(not torch.equal(tensor, before[name]) for name, tensor in tower_of(whole).items()) == 4
     assert torch.equal(whole[clip.HEAD], clip.TextTower(open_checkpoint(base)).head(MNIST))
     assert all(torch.allclose(adapter[f"clip.{name}"], tensor, atol=1e-6) for name, tensor in tower_of(whole).items())
 
@@ -313,6 +322,28 @@ def test_vision_towers_from_the_hub_are_experts_as_they_are(
     family = open_family(str(base), tuple((task, str(ref)) for task, ref in towers.items()))
     scored = evaluate_references(Lab(data=data, device="cpu"), family, [])
     assert [list(row["evaluation"].scores) for row in scored] == [[MNIST.id, LAND.id], [MNIST.id], [LAND.id]]
+    lab = Lab(data=data, device="cpu")
+    evaluate_model(lab, str(tmp_path / "merged"))
+    shares = "SELECT task, expert_score, base_score FROM leaderboard WHERE kind = 'merged' ORDER BY task"
+    (base_row, *rows) = [row["evaluation"].scores for row in scored]
+    assert lab.store.query(shares).rows == [(t, *_pair(rows, base_row, t)) for t in sorted(experts)]
+
+
+def _pair(experts: list[dict[str, float]], base: dict[str, float], task: str) -> tuple[float, float]:
+    """The scores of the expert and the base on a task."""
+    return next(row[task] for row in experts if task in row), base[task]
+
+
+def test_a_clip_model_with_a_trained_classifier_keeps_it(base: Path, tmp_path: Path) -> None:
+    from transformers import CLIPConfig, CLIPForImageClassification
+
+    torch.manual_seed(0)
+    model = CLIPForImageClassification(CLIPConfig(**CONFIG, num_labels=10)).eval()
+    with quiet():
+        model.save_pretrained(tmp_path / "trained")
+    with torch.no_grad():
+        found = model(torch.stack([_pixels(base, picture) for picture in pictures()])).logits
+    assert torch.allclose(outputs(tmp_path / "trained", MNIST), found, atol=1e-5)
 
 
 def test_a_vision_tower_by_itself_needs_the_model_it_came_from(base: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ LAYERS = (
     ("experts",),
     ("scoring", "options", "merge_scores", "conflict"),
     ("tuning", "again", "grid", "search_jobs", "medusa"),
+    ("adapter_merge",),
     ("verbs", "report", "mergekit_jobs", "study_report"),
     ("judging",),
     ("search", "workers", "finetune", "evaluate"),

@@ -159,7 +159,12 @@ def test_the_vision_pipelines_of_the_pcb_paper_train_as_its_recipe_says() -> Non
 
 def test_each_task_is_trained_with_its_own_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, Any]] = []
-    monkeypatch.setattr(pipelines, "_finetune", lambda lab, folder, what: seen.append(what) is None)
+
+    def train(_lab: Lab, _folder: Path, what: dict[str, Any]) -> bool:
+        seen.append(what)
+        return True
+
+    monkeypatch.setattr(pipelines, "_finetune", train)
     step = {"tasks": ["a", "b"], "base": "x", "epochs": 1, "by_task": {"b": {"epochs": 2}, "c": {"epochs": 3}}}
     assert pipelines._finetune_each(Lab(), Path(), step)
     assert seen == [{"tasks": ["a"], "base": "x", "epochs": 1}, {"tasks": ["b"], "base": "x", "epochs": 2}]

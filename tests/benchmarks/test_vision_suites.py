@@ -12,6 +12,7 @@ import pytest
 
 from mergectl.benchmarks import _rows, _vision, vision8, vision14, vision20
 from mergectl.benchmarks._contract import BenchmarkError, Part, Task, with_suite
+from mergectl.benchmarks._tables import Table
 
 ALL = {task.name: with_suite(task, "vision20") for task in vision20.TASKS}
 
@@ -99,7 +100,7 @@ def test_the_tail_moves_only_cuts_inside_the_split() -> None:
 ])  # fmt: skip
 def test_the_order_of_classes_that_a_file_declares_counts(declared: list[str], found: list[int]) -> None:
     task = replace(ALL["eurosat"], labels=("Forest", "River"))
-    table = _rows.Table({}, "here", None, {"label": tuple(declared)})
+    table = Table({}, "here", None, {"label": tuple(declared)})
     columns = {"image": [0, 0], "label": [0, 1]}
     assert _rows._labelled(task, columns, [0, 1], table)[1] == found
 

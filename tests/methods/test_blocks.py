@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mergectl import blocks, merge_weights, settings
+from mergectl.methods import _task_vectors
 
 
 def weights(seed: int) -> dict[str, torch.Tensor]:
@@ -55,7 +60,6 @@ def test_bad_numbers_in_a_block_name_the_weight(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("shape", ["noise", "sorted", "zeros", "equal"])
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.2, 0.5, 1.0])
 def test_the_sampled_order_statistic_is_exact(shape: str, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mergectl.methods import _task_vectors
 
     monkeypatch.setattr(_task_vectors, "_SAMPLED", 64)
     noise = torch.randn(3, 4000, generator=torch.Generator().manual_seed(5))
@@ -67,3 +71,32 @@ def test_the_sampled_order_statistic_is_exact(shape: str, share: float, monkeypa
     rank = round(share * 4000)
     expected = [float("inf") if rank == 0 else float(row.abs().sort(descending=True).values[rank - 1]) for row in rows]
     assert vectors.kth_magnitude([rank] * 3) == expected
+
+
+@pytest.mark.parametrize("t", [0.0, 1.0])
+def test_an_end_of_the_arc_is_that_expert_in_several_threads(t: float) -> None:
+    experts = {name: {"m.w": torch.randn(3_000_000)} for name in ("a", "b")}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        merged = merge_weights("slerp", None, experts, t=t)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(merged["m.w"], experts["ab"[round(t)]]["m.w"])
+
+
+@given(st.integers(0, 10**6), st.lists(st.integers(0, 4100), min_size=1, max_size=3), st.floats(0, 1))
+def test_many_equal_entries_are_counted_and_not_collected(seed: int, ranks: list[int], zeros: float) -> None:
+    chance = np.random.default_rng(seed)
+    rows = chance.normal(size=(2, 8, 512)).astype(np.float32).round(1)
+    rows[chance.random(rows.shape) < zeros] = 0
+    parts = {f"w{i}": torch.from_numpy(rows[:, i]) for i in range(8)}
+    vectors = _task_vectors.TaskVectors(["a", "b"], {name: (512,) for name in parts}, parts.__getitem__)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_task_vectors, "_TOGETHER", 1)
+        patch.setattr(_task_vectors, "_SAMPLED", 256)
+        found = vectors.kth_largest([[rank] * 2 for rank in ranks])
+    order = -np.sort(-rows.reshape(2, -1), axis=1)
+    for rank, values in zip(ranks, found, strict=True):
+        special = math.inf if rank == 0 else -math.inf if rank > 4096 else None
+        assert values == [special if special is not None else float(row[rank - 1]) for row in order]
