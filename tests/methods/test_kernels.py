@@ -183,4 +183,4 @@ def test_the_elected_sign_is_that_of_the_sum_in_float64_however_near_a_draw_it_i
     chance = torch.Generator().manual_seed(seed)
     near = -x.sum(0, keepdim=True) * (1 + 1e-7 * torch.randn(x.shape[1:], generator=chance))
     for rows in (x, torch.cat([x, near]), torch.cat([x, -x]), torch.cat([near, x.flip(0)])):
-        assert torch.equal(kernels.elect_by_mass(rows), rows.double().sum(0).sign().float())
+        assert torch.equal(kernels.elect_by_mass(rows), kernels.total(rows).sign().float())
