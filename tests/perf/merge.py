@@ -46,7 +46,7 @@ def copy_floor(inputs: Sequence[Path], written: int, out: Path, threads: int) ->
     if written > PIECE * len(spans):
         raise SystemExit(f"{written} bytes are more than were read: the copy floor says nothing about this method.")
     target = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    sources = {file: os.open(file, os.O_RDONLY) for file, _ in spans}
+    sources = {file: os.open(file, os.O_RDONLY) for file in {file for file, _ in spans}}
 
     def copy(first: int) -> None:
         buffer = memoryview(bytearray(PIECE))
