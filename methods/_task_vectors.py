@@ -18,7 +18,7 @@ Array: TypeAlias = "np.ndarray[Any, Any]"
 
 _CHUNK = 1 << 17  # elements summed at once: a sum is the same whether weights come whole or in blocks
 _TOGETHER = 1 << 22  # elements per task that are looked at together, for the order of their magnitudes
-_SAMPLED = 1 << 18  # elements per task that a sample has at least
+_SAMPLED = 1 << 21  # elements per task that a sample has at least: it decides how many have to be looked at
 
 
 class TaskVectors(Mapping[str, "torch.Tensor"]):
