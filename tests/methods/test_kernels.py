@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergectl.methods import _kernels as kernels
+from mergectl.methods import _order
 from mergectl.methods._task_vectors import TaskVectors
 
 numbers = st.floats(-1e3, 1e3, width=32)
@@ -184,3 +185,17 @@ def test_the_elected_sign_is_that_of_the_sum_in_float64_however_near_a_draw_it_i
     near = -x.sum(0, keepdim=True) * (1 + 1e-7 * torch.randn(x.shape[1:], generator=chance))
     for rows in (x, torch.cat([x, near]), torch.cat([x, -x]), torch.cat([near, x.flip(0)])):
         assert torch.equal(kernels.elect_by_mass(rows), kernels.total(rows).sign().float())
+
+
+@given(stacks)
+def test_the_mean_is_that_in_float64(x: torch.Tensor) -> None:
+    torch.testing.assert_close(
+        kernels.mean(x).double(), x.double().mean(0), rtol=1e-6, atol=1e-6 * float(x.abs().max())
+    )
+
+
+def test_an_entry_above_the_bounds_is_not_taken_for_the_upper_one() -> None:
+    bound = (1.0, 2.0)
+    parts = [_order.count_between(np.array([3.0, 2.0, 1.5, 1.0, 0.5], dtype=np.float32), [bound])[0]]
+    found = [_order.kth_between(parts, bound, rank, 5) for rank in (1, 2, 3, 4, 5)]
+    assert found[1:4] == [2.0, 1.5, 1.0] and math.isnan(found[0]) and math.isnan(found[4])
