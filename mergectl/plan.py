@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 # One or several refinements in any form that `parse_refine` reads.
 Refinements: TypeAlias = "str | Mapping[str, Any] | Sequence[str | Mapping[str, Any] | tuple[str, Mapping[str, Any]]]"
 
-GIVEN = ("masks", "signs", "grams", "fishers", "copies", "entropy")  # supplies that the caller hands over
+# Supplies that the caller hands over.
+GIVEN = ("masks", "signs", "grams", "fishers", "copies", "linears", "remember", "entropy", "watch")
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,10 @@ SUPPLIES = {
     "grams": "second moments of the inputs of linear layers, per task",
     "fishers": "diagonal Fisher information, per task",
     "copies": "how often the model uses each tied weight: {weight: number}; a weight not named is used once",
+    "linears": "the weights of linear layers outside embeddings and heads: {weight: True where stored [in, out]}",
+    "remember": "remember(what, task, weight, make): what `make` gives, computed once for these models",
     "entropy": "mean prediction entropy on unlabelled inputs, differentiable",
+    "watch": "what follows an adaptation step by step: its figures, its checkpoints, when to stop",
 }
 
 
