@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
 from mergectl.store.errors import StoreError
@@ -131,18 +131,20 @@ def rows_of(document: Document) -> dict[str, list[Row]]:
 
 
 def _row(table: str, entry: Mapping[str, Any]) -> Row:
-    return tuple(_cell(column, entry.get(column)) for column in COLUMNS[table])
+    return tuple(
+        None if (value := entry.get(column)) is None else convert(value) for column, convert in _CONVERTERS[table]
+    )
 
 
-def _cell(column: str, value: Any) -> Any:
-    if value is None:
-        return None
+def _converter(column: str) -> Callable[[Any], Any]:
+    """Return what makes a column's value of what a document holds."""
     if column in _JSON:
-        return json.dumps(plain(value))
+        return lambda value: json.dumps(plain(value))
     if column in _WHOLE:
-        return whole(column, value)
+        return lambda value: whole(column, value)
     if column in _NUMBERS:
-        return float(value) if math.isfinite(float(value)) else None
-    if column in _TIMES:
-        return datetime.datetime.fromisoformat(value)
-    return str(value)
+        return lambda value: number if math.isfinite(number := float(value)) else None
+    return datetime.datetime.fromisoformat if column in _TIMES else str
+
+
+_CONVERTERS = {table: [(column, _converter(column)) for column in columns] for table, columns in COLUMNS.items()}

@@ -43,6 +43,18 @@ def reserve(places: Places, identity: Iterable[object]) -> tuple[str, int]:
     return found, attempt
 
 
+def note(places: Places, names: Iterable[str]) -> None:
+    """Add ids that were given out elsewhere, so that no run begun here gets one of them."""
+    handle = _open(places)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        known = set(places.ids.read_bytes().split(b"\n"))
+        os.write(handle, b"".join(b"\n" + name.encode() for name in names if name.encode() not in known))
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def known_ids(places: Places) -> list[str]:
     """Return the ids found in the lab's own files."""
     seen = {document["run_id"] for document in archived(places)}

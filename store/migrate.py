@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     import duckdb
 
 SCHEMA = Path(__file__).parent / "schema"
-VIEWS = Path(__file__).parent / "views.sql"
+VIEWS = Path(__file__).parent / "views.sql"  # for every kind of server
+DIALECT = Path(__file__).parent / "dialect_duckdb.sql"  # the words that they use
 
 
 def migrations() -> dict[int, Path]:
@@ -33,12 +34,18 @@ def check(connection: duckdb.DuckDBPyConnection, path: Path) -> bool:
         raise StoreError(f"{path} is a DuckDB file but not a mergectl store. Choose another with --store.") from error
     except duckdb.Error as error:
         raise unreadable(path, error) from error
+    refuse_newer(found, str(path))
+    return found == latest and views == [(views_digest(DIALECT),)]
+
+
+def refuse_newer(found: int, store: str) -> None:
+    """Raise where a newer program made the store."""
+    latest = max(migrations())
     if found > latest:
         raise StoreError(
-            f"{path} was written by a newer mergectl (schema {found}, this one knows {latest}). "
+            f"{store} was written by a newer mergectl (schema {found}, this one knows {latest}). "
             "It was left as it is; upgrade mergectl to use it."
         )
-    return found == latest and views == [(views_digest(),)]
 
 
 def migrate(connection: duckdb.DuckDBPyConnection) -> None:
@@ -55,15 +62,26 @@ def migrate(connection: duckdb.DuckDBPyConnection) -> None:
         connection.commit()
     connection.begin()
     _drop_views(connection)
-    connection.execute(VIEWS.read_text(encoding="utf-8"))
+    connection.execute(views_text(DIALECT))
     connection.execute("DELETE FROM views_version")
-    connection.execute("INSERT INTO views_version VALUES (?)", [views_digest()])
+    connection.execute("INSERT INTO views_version VALUES (?)", [views_digest(DIALECT)])
     connection.commit()
 
 
-def views_digest() -> str:
-    """Return a fingerprint of views.sql, so that a changed file is noticed."""
-    return hashlib.sha256(VIEWS.read_bytes()).hexdigest()[:16]
+def make_tables(connection: duckdb.DuckDBPyConnection) -> None:
+    """Make this program's tables in an empty database, without views."""
+    for path in migrations().values():
+        connection.execute(path.read_text(encoding="utf-8"))
+
+
+def views_text(dialect: Path) -> str:
+    """Return the words that the views use, and the views."""
+    return dialect.read_text(encoding="utf-8") + VIEWS.read_text(encoding="utf-8")
+
+
+def views_digest(dialect: Path) -> str:
+    """Return a fingerprint of what the views are made of, so that a changed file is noticed."""
+    return hashlib.sha256(views_text(dialect).encode()).hexdigest()[:16]
 
 
 def _drop_views(connection: duckdb.DuckDBPyConnection) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +14,18 @@ USUAL = "mergectl.duckdb"
 
 @dataclass(frozen=True)
 class Places:
-    """The files of one store. Only `mergectl.duckdb` has plain folder names; any other file's begin with its stem."""
+    """The files of one store. Only `mergectl.duckdb` has plain folder names; any other file's begin with its stem.
+
+    With a server, the runs of this machine still wait in files here, and `database` is only what these are named after.
+    """
 
     database: Path
+    server: str | None = None  # the URL of a PostgreSQL server that takes the place of the file
+
+    @property
+    def shown(self) -> str:
+        """The store as messages name it."""
+        return str(self.database) if self.server is None else shown_url(self.server)
 
     @property
     def inbox(self) -> Path:
@@ -52,7 +62,7 @@ class Places:
 
     def empty(self) -> bool:
         """Return whether there is neither a database nor a segment to make one from."""
-        return not (self.database.exists() or holds(self.inbox) or holds(self.archive))
+        return self.server is None and not (self.database.exists() or holds(self.inbox) or holds(self.archive))
 
     def _beside(self, name: str) -> Path:
         own = name if self.database.name == USUAL else f"{self.database.stem}.{name}"
@@ -68,10 +78,24 @@ def locate(path: str | os.PathLike[str] | None) -> Places:
     """Return the places of the store the user means: a file, a folder holding one, MERGECTL_STORE or ./lab."""
     text = os.fspath(path) if path is not None else os.environ.get("MERGECTL_STORE") or f"lab/{USUAL}"
     if "://" in text:
-        raise StoreError(f"A store is a file such as lab/{USUAL}, got {text}. Stores behind a URL are not supported.")
+        return _on_server(text)
     database = Path(text).expanduser().absolute()
     if database.is_dir():
         database = database / USUAL
     if database.parent.exists() and not database.parent.is_dir():
         raise StoreError(f"{database.parent} must be a folder to hold the store {database.name}; it is a file.")
     return Places(database)
+
+
+def _on_server(url: str) -> Places:
+    """Return the places of a store on a server: its own, in the lab of the present folder."""
+    if not url.startswith(("postgresql://", "postgres://")):
+        known = f"a file such as lab/{USUAL} or a server as postgresql://user@host/database"
+        raise StoreError(f"A store is {known}, got {shown_url(url)}.")
+    name = re.sub(r"[^A-Za-z0-9]+", "-", shown_url(url).partition("://")[2]).strip("-")
+    return Places(Path("lab").absolute() / f"{name or 'server'}.postgresql", url)
+
+
+def shown_url(url: str) -> str:
+    """Return a URL without the passwords in it."""
+    return re.sub(r"(?<=[?&]password=)[^&]*", "***", re.sub(r"(?<=://)([^:@/?]*):[^@/]*@", r"\1:***@", url))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mergectl.store import heartbeat, ingest, migrate
+from mergectl.store import heartbeat, ingest, migrate, postgres
 from mergectl.store.database import attached, first_line
 from mergectl.store.errors import StoreBusyError, StoreError
 from mergectl.store.lock import hold
@@ -16,6 +17,8 @@ from mergectl.store.places import Places
 
 if TYPE_CHECKING:
     import duckdb
+
+NOTHING = "There is no store at {} yet; the first run makes it."
 
 
 @dataclass(frozen=True)
@@ -30,16 +33,36 @@ class Table:
         return [dict(zip(self.columns, row, strict=True)) for row in self.rows]
 
 
+Ask = Callable[..., Table]
+
+
 def query(
     places: Places, sql: str, params: Sequence[Any] | Mapping[str, Any] = (), *, limit: float | None = None
 ) -> Table:
     """Run one read-only statement on the whole store, for at most `limit` seconds."""
     with contextlib.suppress(StoreBusyError):  # held open elsewhere: what waits in the inbox can wait longer
         ingest.ingest(places)
+    if places.server is not None:
+        ingest.bury(places)
+        return Table(*postgres.ask(places.server, sql, params, limit))
     if places.empty():
-        raise StoreError(f"There is no store at {places.database} yet; the first run makes it.")
+        raise StoreError(NOTHING.format(places.database))
     with reading(places) as connection:
         return _answer(connection, sql, params, limit)
+
+
+@contextlib.contextmanager
+def asking(places: Places) -> Iterator[Ask]:
+    """Yield what answers several questions on the store as it is now, a file opened only once."""
+    with contextlib.suppress(StoreBusyError):
+        ingest.ingest(places)
+    if places.server is not None:
+        yield functools.partial(query, places)
+        return
+    if places.empty():
+        raise StoreError(NOTHING.format(places.database))
+    with reading(places) as connection:
+        yield functools.partial(_answer, connection)
 
 
 @contextlib.contextmanager
@@ -78,7 +101,10 @@ def _mark_lost(connection: duckdb.DuckDBPyConnection, places: Places) -> None:
 
 
 def _answer(
-    connection: duckdb.DuckDBPyConnection, sql: str, params: Sequence[Any] | Mapping[str, Any], limit: float | None
+    connection: duckdb.DuckDBPyConnection,
+    sql: str,
+    params: Sequence[Any] | Mapping[str, Any] = (),
+    limit: float | None = None,
 ) -> Table:
     import duckdb
 

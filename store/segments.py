@@ -116,9 +116,9 @@ def pack(places: Places) -> None:
     with memory() as connection:
         connection.execute("CREATE TABLE packed (run_id VARCHAR, status VARCHAR, segment VARCHAR)")
         with connection.appender("packed") as rows:
-            for document in (read(path) for path in paths):
-                if document is not None:
-                    rows.append_row(document["run_id"], document["status"], json.dumps(document))
+            for path in paths:
+                document = json.loads(path.read_bytes())  # looked at when its rows were written
+                rows.append_row(document["run_id"], document["status"], json.dumps(document))
         connection.execute(f"COPY packed TO {quoted(beside)} (FORMAT parquet, COMPRESSION zstd)")
     _sync(beside)
     beside.replace(target)

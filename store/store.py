@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import platform
 import time
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from mergectl.store import boards, ingest
+from mergectl.store import boards, check, exchange, ingest
 from mergectl.store.documents import FORMAT, digest_of, plain, utc_now, whole
-from mergectl.store.errors import StoreError
+from mergectl.store.errors import StoreError, StoreWarning
 from mergectl.store.ids import reserve
-from mergectl.store.places import Places, locate
-from mergectl.store.query import Table, query
+from mergectl.store.places import Places, locate, shown_url
+from mergectl.store.query import Table, asking, query
 from mergectl.store.run import Run
 
-# A run's row with what hangs on it; `decoded` makes Python values of it.
-WHOLE_RUN = """
-SELECT *,
-    (SELECT list({role: role, task: task, ref: ref, digest: digest, run_id: parent_run}) FROM inputs i
-        WHERE i.run_id = r.run_id) AS inputs,
-    (SELECT list({kind: kind, path: path, digest: digest, bytes: bytes}) FROM artifacts a
-        WHERE a.run_id = r.run_id) AS artifacts,
-    (SELECT list({key: key, value: value}) FROM environment e WHERE e.run_id = r.run_id) AS environment
-FROM runs r WHERE """
-
-PAUSE = 2.0  # seconds between a process's own ingests; the segments are safe meanwhile
+PAUSE = 2.0  # seconds at least between a process's own ingests; the segments are safe meanwhile
+SHARE = 10  # so many times as long as an ingest took a process does its own work before the next
+FEW = 200  # segments that a process takes in by the way
 
 
 class Store:
@@ -50,6 +42,11 @@ class Store:
         """Return the lab folder the database lies in."""
         return self.places.database.parent
 
+    @property
+    def name(self) -> str:
+        """Return the file's path, or the server's URL without a password."""
+        return self.places.shown
+
     def start(
         self,
         kind: str,
@@ -66,17 +63,22 @@ class Store:
         """Begin a run: once this returns, the run has a row, however it ends."""
         self.places.make()
         digest = digest_of(config)
-        run_id, attempt = reserve(self.places, (kind, digest, whole("seed", seed), study, whole("trial", trial)))
+        identity = (kind, digest, whole("seed", seed), study, whole("trial", trial))
+        own = () if self.places.server is None else (platform.node(), self.places.database)  # ids of one lab among many
+        run_id, attempt = reserve(self.places, (*identity, *own))
         surroundings = {"host": platform.node(), "pid": str(os.getpid())} | dict(plain(environment or {}))
         document = {
             "format": FORMAT, "run_id": run_id, "kind": kind, "name": name, "status": "started",
             "config": plain(config), "config_digest": digest, "seed": seed, "study": study, "trial": trial,
-            "attempt": attempt, "command": plain(list(command)), "started_at": utc_now(), "ended_at": None,
-            "seconds": None, "error": None, "environment": surroundings,
+            "attempt": attempt, "command": [shown_url(plain(word)) for word in command],
+            "started_at": utc_now(), "ended_at": None, "seconds": None, "error": None, "environment": surroundings,
             "inputs": [], "metrics": [], "artifacts": [],
         }  # fmt: skip
         document["inputs"] = [_input(entry) for entry in inputs]
-        return Run(self.places, document, self._ingest_soon)
+        run = Run(self.places, document, self._ingest_soon)
+        if self.places.server is not None:  # others look at the server, not at this machine's inbox
+            self._ingest_soon()
+        return run
 
     def query(self, sql: str, params: Sequence[Any] | Mapping[str, Any] = (), *, limit: float | None = None) -> Table:
         """Answer one SELECT, of everything up to this moment; `limit` stops it after so many seconds."""
@@ -91,6 +93,28 @@ class Store:
         if self.places.empty():
             raise StoreError(f"There is nothing at {self.path} to rebuild a store from.")
         return ingest.rebuild(self.places, datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f.old"))
+
+    def check(self) -> list[str]:
+        """Return what is wrong between the database and the archive, in sentences."""
+        return check.problems(self.places)
+
+    def merge(self, other: str | os.PathLike[str]) -> tuple[int, int]:
+        """Take in another store's runs; return how many were new and how many were here already."""
+        theirs = locate(other)
+        if theirs.shown == self.name or theirs.database.resolve() == self.path.resolve():
+            raise StoreError(f"{self.name} is the store itself; there is nothing to take from it.")
+        with asking(theirs) as ask:
+            return exchange.adopt(self.places, exchange.documents_of(ask))
+
+    def export(self, folder: str | os.PathLike[str]) -> int:
+        """Write the tables as Parquet files into a folder and return how many runs they hold."""
+        with asking(self.places) as ask:
+            return exchange.export(ask, Path(folder))
+
+    def import_(self, folder: str | os.PathLike[str]) -> tuple[int, int]:
+        """Take in runs that were exported; return how many were new and how many were here already."""
+        with exchange.exported(Path(folder)) as ask:
+            return exchange.adopt(self.places, exchange.documents_of(ask))
 
     def find(self, prefix: str) -> dict[str, Any] | None:
         """Return the run with this id, the newest with this name, or the only one whose id begins so."""
@@ -122,22 +146,28 @@ class Store:
     def _known(self, prefix: str) -> dict[str, Any]:
         run = self.find(prefix)
         if run is None:
-            raise StoreError(f"No run '{prefix}' in {self.path}.")
+            raise StoreError(f"No run '{prefix}' in {self.name}.")
         return run
 
     def _runs(self, condition: str, params: Sequence[Any]) -> list[dict[str, Any]]:
         """Return the runs that meet a condition, each with its inputs, artifacts and environment."""
         if self.places.empty():
             return []
-        return [decoded(run) for run in self.query(WHOLE_RUN + condition, params).records()]
+        return [decoded(run) for run in self.query(f"SELECT * FROM whole_runs WHERE {condition}", params).records()]
 
     def _ingest_soon(self) -> None:
         """Ingest if the lock is free and the last time is not a moment ago; the run itself is safe already."""
-        if time.monotonic() < self._next_ingest:
+        if time.monotonic() < self._next_ingest and self.places.server is None:
             return
-        with contextlib.suppress(StoreError):  # a broken or busy file is told to whoever reads next
-            ingest.ingest(self.places, wait=0.0)
-        self._next_ingest = time.monotonic() + PAUSE
+        began = time.monotonic()
+        try:
+            ingest.ingest(self.places, wait=0.0 if self.places.server is None else 1.0, most=FEW)
+        except StoreError as error:  # a broken or busy file is told to whoever reads next
+            if self.places.server is not None:
+                kept = "Its runs wait in the lab; the next command brings them there."
+                warnings.warn(f"{error} {kept}", StoreWarning, stacklevel=4)
+        ended = time.monotonic()
+        self._next_ingest = ended + max(PAUSE, SHARE * (ended - began))
 
 
 def open_store(path: str | os.PathLike[str] | None = None) -> Store:
@@ -147,10 +177,9 @@ def open_store(path: str | os.PathLike[str] | None = None) -> Store:
 
 def decoded(run: dict[str, Any]) -> dict[str, Any]:
     """Return a run's row with its JSON columns as Python values and its environment as a dictionary."""
+    hung = {key: json.loads(run[key] or "[]") for key in ("inputs", "artifacts", "environment")}
     values = {key: json.loads(run[key]) for key in ("config", "command") if run[key] is not None}
-    environment = {pair["key"]: pair["value"] for pair in run["environment"] or ()}
-    lists = {"inputs": run["inputs"] or [], "artifacts": run["artifacts"] or []}
-    return run | values | lists | {"environment": environment}
+    return run | values | hung | {"environment": {pair["key"]: pair["value"] for pair in hung["environment"]}}
 
 
 def _input(entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,74 +1,65 @@
--- What people ask. Views are dropped and made anew whenever this file changes; nothing is stored in them.
+-- What people ask. Views are dropped and made anew whenever this file or a dialect's changes; nothing is stored in them.
+-- The same text is run by DuckDB and by PostgreSQL: what they say differently has a name in dialect_*.sql.
 --
 -- A recipe is read from a run's config: `recipe.method`, `recipe.settings`, `recipe.refine`, or the same without
 -- `recipe`. A note of that name (method, settings, refine) wins, and a note `given` (what the user set, as an object)
 -- is shown in place of all settings.
 
-CREATE OR REPLACE MACRO brief_value(v) AS
-    CASE json_type(v) WHEN 'DOUBLE' THEN format('{:.4g}', v::DOUBLE) WHEN 'VARCHAR' THEN v ->> '$' ELSE v::VARCHAR END;
-
-CREATE OR REPLACE MACRO brief(settings) AS
-    array_to_string(list_transform(
-        list_filter(json_keys(settings), lambda k: json_type(settings, '$."' || k || '"') <> 'NULL'),
-        lambda k: k || '=' || brief_value(json_extract(settings, '$."' || k || '"'))), ', ');
-
 -- Method, refinements and settings of every run that has a method.
 CREATE VIEW recipes AS
 WITH notes AS (
     SELECT run_id,
-        max(value) FILTER (key = 'method') AS method,
-        try_cast(max(value) FILTER (key = 'settings') AS JSON) AS settings,
-        try_cast(max(value) FILTER (key = 'refine') AS JSON) AS refine,
-        try_cast(max(value) FILTER (key = 'given') AS JSON) AS given
+        max(value) FILTER (WHERE key = 'method') AS method,
+        as_json(max(value) FILTER (WHERE key = 'settings')) AS settings,
+        as_json(max(value) FILTER (WHERE key = 'refine')) AS refine,
+        as_json(max(value) FILTER (WHERE key = 'given')) AS given
     FROM environment GROUP BY run_id
 ), told AS (
     SELECT r.run_id, r.kind,
-        coalesce(n.method, r.config ->> '$.recipe.method', r.config ->> '$.method') AS method,
-        coalesce(n.settings, r.config -> '$.recipe.settings', r.config -> '$.settings') AS settings,
-        coalesce(n.refine, r.config -> '$.recipe.refine', r.config -> '$.refine') AS refine,
+        coalesce(n.method, (r.config -> 'recipe') ->> 'method', r.config ->> 'method') AS method,
+        coalesce(n.settings, (r.config -> 'recipe') -> 'settings', r.config -> 'settings') AS settings,
+        coalesce(n.refine, (r.config -> 'recipe') -> 'refine', r.config -> 'refine') AS refine,
         n.given
-    FROM runs r LEFT JOIN notes n USING (run_id)
-), steps AS (  -- refinements: "dare:drop=0.9", ["dare", {"drop": 0.9}] or {"name": "dare", "settings": {...}}
-    SELECT run_id, generate_subscripts(refine::JSON[], 1) AS place, unnest(refine::JSON[]) AS step
-    FROM told WHERE json_type(refine) = 'ARRAY'
-), named AS (
-    SELECT run_id, place, coalesce(step ->> '$.name', step ->> '$[0]', step ->> '$') AS name,
-        coalesce(step -> '$.settings', step -> '$[1]') AS settings
-    FROM steps
-), refined AS (
-    SELECT run_id, string_agg(name || coalesce('(' || nullif(brief(settings), '') || ')', ''), ' + ' ORDER BY place)
-        AS refine
-    FROM named GROUP BY run_id
+    FROM runs r LEFT JOIN notes n ON n.run_id = r.run_id
+), chosen AS (
+    SELECT run_id, method, settings, refine, coalesce(given, settings) AS given FROM told WHERE method IS NOT NULL
+), worded AS (
+    SELECT run_id, method, settings, brief_steps(refine) AS refine,
+        CASE WHEN kind_of(given) = 'object' THEN brief(given) END AS shown
+    FROM chosen
 )
-SELECT t.run_id, t.method, t.settings, r.refine,
-    CASE WHEN json_type(coalesce(t.given, t.settings)) = 'OBJECT' THEN nullif(brief(coalesce(t.given, t.settings)), '')
-        END AS shown
-FROM told t LEFT JOIN refined r USING (run_id) WHERE t.method IS NOT NULL;
+SELECT run_id, method, settings, refine, nullif(shown, '') AS shown FROM worded;
 
 -- The newest score of every model on every task and split. A head is named where it is not the model's own.
 CREATE VIEW scores AS
+SELECT task, split, score, model_digest, head_digest, ref, eval_run, evaluated_at FROM (
 SELECT m.task, m.split, m.value AS score, i.digest AS model_digest, nullif(h.digest, i.digest) AS head_digest,
-    i.ref, r.run_id AS eval_run, r.ended_at AS evaluated_at
+    i.ref, r.run_id AS eval_run, r.ended_at AS evaluated_at,
+    row_number() OVER (
+        PARTITION BY m.task, m.split, i.digest, nullif(h.digest, i.digest)
+        ORDER BY r.ended_at DESC NULLS LAST, r.run_id, m.step DESC NULLS FIRST) AS place
 FROM metrics m
 JOIN runs r ON r.run_id = m.run_id AND r.status = 'finished'
 JOIN inputs i ON i.run_id = m.run_id AND i.role = 'model' AND i.digest IS NOT NULL
 LEFT JOIN inputs h ON h.run_id = m.run_id AND h.role = 'head' AND h.task = m.task
 WHERE m.name = 'score' AND m.value IS NOT NULL AND m.task IS NOT NULL AND m.split IS NOT NULL
-QUALIFY row_number() OVER (
-    PARTITION BY m.task, m.split, i.digest, nullif(h.digest, i.digest)
-    ORDER BY r.ended_at DESC, r.run_id, m.step DESC NULLS FIRST) = 1;
+) ranked WHERE place = 1;
 
 -- Who a digest is: base, expert, merged (one row per recipe that gave these very weights), or just a model.
 CREATE VIEW models AS
-WITH made AS (
+WITH ranked AS (
     SELECT a.digest, r.run_id, r.kind AS made_by,
-        coalesce(r.name, nullif(regexp_extract(rtrim(a.path, '/'), '[^/]+$'), '')) AS name, p.method, p.refine, p.shown AS settings
+        coalesce(r.name, nullif(regexp_replace(rtrim(a.path, '/'), '^.*/', ''), '')) AS name, p.method, p.refine,
+        p.shown AS settings,
+        row_number() OVER (
+            PARTITION BY a.digest, r.kind = 'finetune', p.method, p.refine, p.shown
+            ORDER BY r.ended_at DESC NULLS LAST, r.run_id) AS place
     FROM artifacts a
     JOIN runs r ON r.run_id = a.run_id AND r.status = 'finished' AND r.kind IN ('finetune', 'merge', 'search')
     LEFT JOIN recipes p ON p.run_id = a.run_id
     WHERE a.kind = 'model' AND a.digest IS NOT NULL
-    QUALIFY row_number() OVER (
-        PARTITION BY a.digest, r.kind = 'finetune', p.method, p.refine, p.shown ORDER BY r.ended_at DESC, r.run_id) = 1
+), made AS (
+    SELECT digest, run_id, made_by, name, method, refine, settings FROM ranked WHERE place = 1
 ), tuned AS (
     SELECT * FROM made WHERE made_by = 'finetune'
 ), bases AS (
@@ -79,10 +70,11 @@ WITH made AS (
 ), known AS (
     SELECT digest, 'merged' AS kind, run_id, made_by, name, method, refine, settings FROM made WHERE made_by <> 'finetune'
     UNION ALL
-    SELECT b.digest, 'base', t.run_id, t.made_by, t.name, NULL, NULL, NULL FROM bases b LEFT JOIN tuned t USING (digest)
+    SELECT b.digest, 'base', t.run_id, t.made_by, t.name, NULL, NULL, NULL
+    FROM bases b LEFT JOIN tuned t ON t.digest = b.digest
     UNION ALL
     SELECT e.digest, 'expert', t.run_id, t.made_by, t.name, NULL, NULL, NULL
-    FROM experts e LEFT JOIN tuned t USING (digest)
+    FROM experts e LEFT JOIN tuned t ON t.digest = e.digest
     WHERE t.digest IS NOT NULL OR e.digest NOT IN (SELECT digest FROM made)
 )
 SELECT * FROM known
@@ -97,33 +89,39 @@ WHERE s.model_digest NOT IN (SELECT digest FROM known);
 CREATE VIEW leaderboard AS
 WITH origins AS (  -- the base an expert came from: by its training, or by a merge that used both
     SELECT digest, base_digest FROM (
-        SELECT a.digest, b.digest AS base_digest, 1 AS rank, r.ended_at
-        FROM artifacts a JOIN runs r ON r.run_id = a.run_id AND r.kind = 'finetune'
-        JOIN inputs b ON b.run_id = a.run_id AND b.role = 'base' WHERE a.kind = 'model'
-        UNION ALL
-        SELECT e.digest, b.digest, 2, r.ended_at
-        FROM inputs e JOIN inputs b ON b.run_id = e.run_id AND b.role = 'base' JOIN runs r ON r.run_id = e.run_id
-        WHERE e.role = 'expert')
-    WHERE digest IS NOT NULL AND base_digest IS NOT NULL
-    QUALIFY row_number() OVER (PARTITION BY digest ORDER BY rank, ended_at DESC) = 1
+        SELECT digest, base_digest, row_number() OVER (
+            PARTITION BY digest ORDER BY rank, ended_at DESC NULLS LAST, base_digest) AS place
+        FROM (
+            SELECT a.digest, b.digest AS base_digest, 1 AS rank, r.ended_at
+            FROM artifacts a JOIN runs r ON r.run_id = a.run_id AND r.kind = 'finetune'
+            JOIN inputs b ON b.run_id = a.run_id AND b.role = 'base' WHERE a.kind = 'model'
+            UNION ALL
+            SELECT e.digest, b.digest, 2, r.ended_at
+            FROM inputs e JOIN inputs b ON b.run_id = e.run_id AND b.role = 'base' JOIN runs r ON r.run_id = e.run_id
+            WHERE e.role = 'expert') found
+        WHERE digest IS NOT NULL AND base_digest IS NOT NULL) ranked
+    WHERE place = 1
 ), used AS (  -- the expert a merge used for a task
-    SELECT run_id, task, any_value(digest) AS digest FROM inputs WHERE role = 'expert' GROUP BY run_id, task
+    SELECT run_id, task, min(digest) AS digest FROM inputs WHERE role = 'expert' GROUP BY run_id, task
 ), based AS (
-    SELECT run_id, any_value(digest) AS digest FROM inputs WHERE role = 'base' GROUP BY run_id
+    SELECT run_id, min(digest) AS digest FROM inputs WHERE role = 'base' GROUP BY run_id
 ), usual AS (  -- the expert that the newest merge on a base used for a task
-    SELECT coalesce(b.digest, o.base_digest) AS base_digest, u.task, u.digest
-    FROM used u JOIN runs r ON r.run_id = u.run_id AND r.status = 'finished'
-    LEFT JOIN based b ON b.run_id = u.run_id LEFT JOIN origins o ON o.digest = u.digest
-    QUALIFY row_number() OVER (PARTITION BY coalesce(b.digest, o.base_digest), u.task ORDER BY r.ended_at DESC) = 1
+    SELECT base_digest, task, digest FROM (
+        SELECT coalesce(b.digest, o.base_digest) AS base_digest, u.task, u.digest, row_number() OVER (
+            PARTITION BY coalesce(b.digest, o.base_digest), u.task ORDER BY r.ended_at DESC NULLS LAST, u.run_id) AS place
+        FROM used u JOIN runs r ON r.run_id = u.run_id AND r.status = 'finished'
+        LEFT JOIN based b ON b.run_id = u.run_id LEFT JOIN origins o ON o.digest = u.digest) ranked
+    WHERE place = 1
 ), own AS (  -- the tasks an expert was used for
-    SELECT DISTINCT digest, task FROM inputs WHERE role = 'expert' AND task IS NOT NULL
+    SELECT DISTINCT digest, task FROM inputs WHERE role = 'expert' AND task IS NOT NULL AND digest IS NOT NULL
 ), placed AS (
     SELECT s.*, m.kind, m.run_id, m.made_by, m.name, m.method, m.refine, m.settings,
         CASE m.kind WHEN 'base' THEN s.model_digest
             WHEN 'merged' THEN coalesce(b.digest, ou.base_digest) ELSE o.base_digest END AS base_digest,
         CASE WHEN m.kind = 'merged' THEN u.digest ELSE coalesce(s.head_digest,
             CASE WHEN m.kind = 'expert' AND (s.model_digest NOT IN (SELECT digest FROM own)
-                OR (s.model_digest, s.task) IN (SELECT (digest, task) FROM own)) THEN s.model_digest END) END AS near
+                OR EXISTS (SELECT 1 FROM own w WHERE w.digest = s.model_digest AND w.task = s.task))
+                THEN s.model_digest END) END AS near
     FROM scores s JOIN models m ON m.digest = s.model_digest
     LEFT JOIN used u ON u.run_id = m.run_id AND u.task = s.task
     LEFT JOIN based b ON b.run_id = m.run_id
@@ -134,7 +132,7 @@ WITH origins AS (  -- the base an expert came from: by its training, or by a mer
     FROM placed p LEFT JOIN usual f ON f.base_digest = p.base_digest AND f.task = p.task
 )
 SELECT j.split, split_part(j.task, '/', 1) AS suite, j.task, j.kind,
-    coalesce(j.name, nullif(regexp_extract(rtrim(j.ref, '/'), '[^/]+$'), ''), left(j.model_digest, 12)) AS model,
+    coalesce(j.name, nullif(regexp_replace(rtrim(j.ref, '/'), '^.*/', ''), ''), left(j.model_digest, 12)) AS model,
     j.method, j.refine, j.settings, j.score,
     CASE WHEN e.score > 0 THEN j.score / e.score END AS relative_to_expert,
     CASE WHEN e.score > coalesce(bh.score, bo.score)
@@ -151,36 +149,35 @@ LEFT JOIN scores bo ON bo.model_digest = j.base_digest AND bo.task = j.task AND 
 
 -- Every run's config unfolded, one row per leaf: `recipe.settings.density`, `0.2`.
 CREATE VIEW settings AS
-SELECT r.run_id, r.kind, r.name, r.status, p.method, ltrim(t.fullkey, '$.') AS key,
-    CASE WHEN t.type = 'VARCHAR' THEN t.value ->> '$' WHEN t.type = 'NULL' THEN NULL ELSE t.value::VARCHAR END AS value,
-    try_cast(t.atom ->> '$' AS DOUBLE) AS number
-FROM runs r CROSS JOIN json_tree(r.config) t LEFT JOIN recipes p ON p.run_id = r.run_id
-WHERE t.type NOT IN ('OBJECT', 'ARRAY') OR t.value::VARCHAR IN ('{}', '[]');
+SELECT r.run_id, r.kind, r.name, r.status, p.method, c.key, c.value, c.number
+FROM config_leaves c JOIN runs r ON r.run_id = c.run_id LEFT JOIN recipes p ON p.run_id = c.run_id;
 
 -- Every trial of every study; its value is the metric `objective`, or the mean of its scores.
 CREATE VIEW trials AS
 WITH valued AS (
-    SELECT run_id, coalesce(max(value) FILTER (name = 'objective'), avg(value) FILTER (name = 'score')) AS value
+    SELECT run_id, coalesce(max(value) FILTER (WHERE name = 'objective'), avg(value) FILTER (WHERE name = 'score')) AS value
     FROM metrics GROUP BY run_id
 )
 SELECT r.study, r.trial, r.run_id, r.status, p.method, p.shown AS settings, v.value,
     max(v.value) OVER (PARTITION BY r.study ORDER BY r.trial, r.started_at ROWS UNBOUNDED PRECEDING) AS best_so_far,
     r.seconds, r.started_at, r.error
-FROM runs r LEFT JOIN valued v USING (run_id) LEFT JOIN recipes p USING (run_id)
+FROM runs r LEFT JOIN valued v ON v.run_id = r.run_id LEFT JOIN recipes p ON p.run_id = r.run_id
 WHERE r.kind = 'trial';
 
 -- What a run was made from, and that from, and so on: `parent` is the run that made the input, if one here did.
 CREATE VIEW lineage AS
 WITH RECURSIVE edges AS (
-    SELECT i.run_id, i.role, i.task, i.ref, i.digest, coalesce(i.parent_run, p.run_id) AS parent
-    FROM inputs i JOIN runs r ON r.run_id = i.run_id
-    LEFT JOIN (
-        SELECT a.digest, p.run_id, p.started_at FROM artifacts a JOIN runs p ON p.run_id = a.run_id
-        WHERE a.digest IS NOT NULL AND (a.run_id, a.digest) NOT IN (  -- a run that changed nothing made nothing
-            SELECT (run_id, digest) FROM inputs WHERE digest IS NOT NULL)
-    ) p ON p.digest = i.digest AND p.started_at < r.started_at AND i.parent_run IS NULL
-    QUALIFY row_number() OVER (
-        PARTITION BY i.run_id, i.role, i.task, i.ref, i.digest ORDER BY p.started_at DESC NULLS LAST) = 1
+    SELECT run_id, role, task, ref, digest, parent FROM (
+        SELECT i.run_id, i.role, i.task, i.ref, i.digest, coalesce(i.parent_run, p.run_id) AS parent, row_number() OVER (
+            PARTITION BY i.run_id, i.role, i.task, i.ref, i.digest
+            ORDER BY p.started_at DESC NULLS LAST, p.run_id) AS place
+        FROM inputs i JOIN runs r ON r.run_id = i.run_id
+        LEFT JOIN (
+            SELECT a.digest, p.run_id, p.started_at FROM artifacts a JOIN runs p ON p.run_id = a.run_id
+            WHERE a.digest IS NOT NULL AND NOT EXISTS (  -- a run that changed nothing made nothing
+                SELECT 1 FROM inputs n WHERE n.run_id = a.run_id AND n.digest = a.digest)
+        ) p ON p.digest = i.digest AND p.started_at < r.started_at AND i.parent_run IS NULL) ranked
+    WHERE place = 1
 ), walk AS (
     SELECT run_id, 1 AS depth, run_id AS child, role, task, ref, digest, parent FROM edges
     UNION
@@ -193,39 +190,44 @@ SELECT w.*, r.kind AS parent_kind, r.name AS parent_name FROM walk w LEFT JOIN r
 CREATE VIEW cost AS
 WITH measured AS (
     SELECT run_id,
-        max(value) FILTER (name = 'flops') AS flops,
-        max(value) FILTER (name = 'peak_memory') AS peak_memory,
-        sum(value) FILTER (name = 'examples') AS examples
+        max(value) FILTER (WHERE name = 'flops') AS flops,
+        max(value) FILTER (WHERE name = 'peak_memory') AS peak_memory,
+        sum(value) FILTER (WHERE name = 'examples') AS examples
     FROM metrics GROUP BY run_id
 ), kept AS (
     SELECT run_id, sum(bytes)::BIGINT AS bytes FROM artifacts GROUP BY run_id
 )
 SELECT r.run_id, r.kind, r.name, p.method, r.status, r.started_at, r.seconds, m.examples, m.flops, m.peak_memory,
     k.bytes
-FROM runs r LEFT JOIN measured m USING (run_id) LEFT JOIN kept k USING (run_id) LEFT JOIN recipes p USING (run_id);
+FROM runs r LEFT JOIN measured m ON m.run_id = r.run_id LEFT JOIN kept k ON k.run_id = r.run_id
+LEFT JOIN recipes p ON p.run_id = r.run_id;
 
 -- The best model of each method on each task and split.
 CREATE VIEW best AS
 SELECT suite, task, split, method, refine, settings, score, relative_to_expert, normalised, model, run_id, model_digest
-FROM leaderboard WHERE kind = 'merged'
-QUALIFY row_number() OVER (PARTITION BY task, split, method ORDER BY score DESC, evaluated_at, run_id) = 1;
+FROM (
+    SELECT l.*, row_number() OVER (PARTITION BY task, split, method ORDER BY score DESC, evaluated_at, run_id) AS place
+    FROM leaderboard l WHERE kind = 'merged') ranked
+WHERE place = 1;
 
 -- Every fact of every run in one shape, so that runs can be put side by side.
 CREATE VIEW compare AS
 WITH facts AS (
-    SELECT run_id, 1 AS place, 'run' AS section,
-        unnest(['kind', 'name', 'status', 'seed', 'attempt', 'seconds', 'error']) AS key,
-        unnest([kind, name, status, seed::VARCHAR, attempt::VARCHAR, format('{:.3g}', seconds), error]) AS value
-    FROM runs
+    SELECT r.run_id, 1 AS place, 'run' AS section, f.key, f.value
+    FROM runs r CROSS JOIN LATERAL (VALUES
+        ('kind', r.kind), ('name', r.name), ('status', r.status), ('seed', r.seed::VARCHAR),
+        ('attempt', r.attempt::VARCHAR), ('seconds', short_number(r.seconds, 3)), ('error', r.error)) f(key, value)
     UNION ALL
     SELECT run_id, 2, 'setting', key, value FROM settings
     UNION ALL
     SELECT run_id, 3, 'input', concat_ws(' ', role, task), ref FROM inputs
     UNION ALL
-    SELECT run_id, 4, 'metric', concat_ws(' ', name, task, split), format('{:.6g}', arg_max(value, coalesce(step, 0)))
-    FROM metrics WHERE value IS NOT NULL GROUP BY run_id, name, task, split
+    SELECT run_id, 4, 'metric', concat_ws(' ', name, task, split), short_number(value, 6) FROM (
+        SELECT m.*, row_number() OVER (PARTITION BY run_id, name, task, split ORDER BY coalesce(step, 0) DESC) AS place
+        FROM metrics m WHERE value IS NOT NULL) last_values
+    WHERE place = 1
     UNION ALL
-    SELECT run_id, 5, 'result', concat_ws(' ', 'score', task, split), format('{:.6g}', any_value(score))
+    SELECT run_id, 5, 'result', concat_ws(' ', 'score', task, split), short_number(min(score), 6)
     FROM leaderboard WHERE run_id IS NOT NULL GROUP BY run_id, task, split
 )
 SELECT run_id, section, key, value, place FROM facts WHERE value IS NOT NULL;

@@ -23,7 +23,7 @@ CREATE TABLE runs (
     command JSON,                   -- the words of the command line
     started_at TIMESTAMP,
     ended_at TIMESTAMP,
-    seconds DOUBLE,
+    seconds DOUBLE PRECISION,
     error VARCHAR
 );
 
@@ -42,7 +42,7 @@ CREATE TABLE metrics (
     split VARCHAR,
     name VARCHAR,
     step BIGINT,
-    value DOUBLE                    -- never NaN or infinite: NULL, and a word in environment
+    value DOUBLE PRECISION          -- never NaN or infinite: NULL, and a word in environment
 );
 
 CREATE TABLE artifacts (

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 import mergectl.store
 from mergectl.store import Store, migrate, open_store
 from mergectl.store.database import attached
+from tests.store import postgres
 
 ROOT = Path(mergectl.store.__file__).absolute().parents[2]
 Launch = Callable[..., "subprocess.Popen[str]"]
@@ -41,6 +43,31 @@ def store(untouched: Store, database: bytes) -> Store:
     untouched.places.make()
     untouched.path.write_bytes(database)
     return untouched
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[str]:
+    """Begin a PostgreSQL server, where one is installed, and return the URL of a database on it."""
+    if not postgres.installed():
+        pytest.skip("no PostgreSQL server or no psycopg is installed")
+    with postgres.running() as url:
+        yield url
+
+
+def server_store(url: str, folder: Path, database: str = "lab") -> Store:
+    """Return an empty store on the server; its runs go there when asked, not also at their beginnings and ends."""
+    import psycopg
+
+    with psycopg.connect(url, autocommit=True) as connection:
+        if not connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", [database]).fetchall():
+            connection.execute(f'CREATE DATABASE "{database}"')
+    url = url.replace("/lab?", f"/{database}?")
+    with psycopg.connect(url) as connection:
+        connection.execute("DROP SCHEMA IF EXISTS mergectl CASCADE")
+    store = open_store(url)
+    store.places = replace(store.places, database=folder / "lab" / store.places.database.name)
+    store._ingest_soon = lambda: None  # type: ignore[method-assign]
+    return store
 
 
 @pytest.fixture

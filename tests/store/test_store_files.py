@@ -136,7 +136,7 @@ def test_a_schema_file_that_fails_changes_nothing(
 def test_changed_views_are_made_anew(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store.start("merge", config={}).finish()
     views = tmp_path / "views.sql"
-    views.write_text("CREATE VIEW names AS SELECT kind FROM runs;")
+    views.write_text(migrate.VIEWS.read_text() + "CREATE VIEW names AS SELECT kind FROM runs;")
     monkeypatch.setattr(migrate, "VIEWS", views)
     assert store.query("SELECT * FROM names").rows == [("merge",)]
 

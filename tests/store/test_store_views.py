@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mergectl.store import Run, Store, StoreError, Table, open_store
+from tests.store.conftest import server_store
 
 TASKS = ["s/a", "s/b", "s/c"]
 OWN = {"s/a": "Ea", "s/b": "Eb", "s/c": "Ec"}  # the digests of the tasks' experts
@@ -52,10 +55,14 @@ def on_tasks(*scores: float) -> dict[str, float]:
     return dict(zip(TASKS, scores, strict=False))
 
 
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Store:
+@pytest.fixture(scope="module", params=["file", "server"])
+def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Store:
     """Three experts of one base; TIES over all, evaluated twice; SLERP of two; an average; a merge that failed."""
-    store = open_store(tmp_path_factory.mktemp("lab"))
+    folder = tmp_path_factory.mktemp("lab")
+    if request.param == "server":
+        store = server_store(request.getfixturevalue("server"), folder, "whole")
+    else:
+        store = open_store(folder)
     for task, digest in OWN.items():
         finetune(store, task, digest)
     evaluate(store, "B", on_tasks(0.5, 0.4, 0.3), heads=OWN, ref="org/base")
@@ -75,6 +82,15 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Store:
     failed.input("model", "models/T", "T")
     failed.metric("score", 1.0, task="s/a", split="report")
     failed.fail("half done")
+    return store
+
+
+@pytest.fixture(params=["file", "server"])
+def empty(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    """An empty store of either kind."""
+    if request.param == "server":
+        return server_store(request.getfixturevalue("server"), tmp_path)
+    store: Store = request.getfixturevalue("store")
     return store
 
 
@@ -174,26 +190,26 @@ def test_settings_unfold_a_config(lab: Store) -> None:
     assert ("recipe.settings.scope", "model", None) in rows
 
 
-def test_cost_sums_what_a_run_took_and_left(store: Store) -> None:
-    with store.start("eval", config={}) as run:
+def test_cost_sums_what_a_run_took_and_left(empty: Store) -> None:
+    with empty.start("eval", config={}) as run:
         for task, examples in (("s/a", 100), ("s/b", 50)):
             run.metric("examples", examples, task=task, split="report")
         run.metric("flops", 2e9)
         run.artifact("table", "t.csv", bytes=7)
-    rows = store.query("SELECT status, examples, flops, peak_memory, bytes FROM cost").rows
+    rows = empty.query("SELECT status, examples, flops, peak_memory, bytes FROM cost").rows
     assert rows == [("finished", 150.0, 2e9, None, 7)]
 
 
-def test_trials_show_value_settings_and_the_best_so_far(store: Store) -> None:
+def test_trials_show_value_settings_and_the_best_so_far(empty: Store) -> None:
     for number, scores in enumerate([(0.2, 0.4), (0.1, 0.3), (0.5, 0.7)]):
         config = {"method": "ties", "settings": {"scale": number / 3}}
-        with store.start("trial", config=config, study="ties-1", trial=number) as run:
+        with empty.start("trial", config=config, study="ties-1", trial=number) as run:
             for task, score in zip(TASKS, scores, strict=False):
                 run.metric("score", score, task=task, split="tune")
-    with store.start("trial", config={}, study="ties-1", trial=3) as run:
+    with empty.start("trial", config={}, study="ties-1", trial=3) as run:
         run.metric("objective", 0.9)
         run.metric("score", 0.1, task="s/a", split="tune")
-    rows = store.query("SELECT trial, method, settings, value, best_so_far FROM trials ORDER BY trial").rows
+    rows = empty.query("SELECT trial, method, settings, value, best_so_far FROM trials ORDER BY trial").rows
     assert [(*row[:3], round(row[3], 9), round(row[4], 9)) for row in rows] == [
         (0, "ties", "scale=0", 0.3, 0.3), (1, "ties", "scale=0.3333", 0.2, 0.3), (2, "ties", "scale=0.6667", 0.6, 0.6),
         (3, None, None, 0.9, 0.9),
@@ -219,79 +235,100 @@ def test_comparing_needs_known_and_different_runs(lab: Store) -> None:
         lab.compare(name, name)
 
 
-def test_two_recipes_that_give_the_same_weights_both_get_the_score(store: Store) -> None:
-    evaluate(store, "Ea", {"s/a": 0.8})
+def test_two_recipes_that_give_the_same_weights_both_get_the_score(empty: Store) -> None:
+    evaluate(empty, "Ea", {"s/a": 0.8})
     for method in ("average", "interpolate"):
-        merge(store, "M", {"method": method, "settings": {}}, ["s/a"])
-    evaluate(store, "M", {"s/a": 0.4})
-    rows = store.query("SELECT method, relative_to_expert FROM leaderboard WHERE kind = 'merged' ORDER BY method").rows
+        merge(empty, "M", {"method": method, "settings": {}}, ["s/a"])
+    evaluate(empty, "M", {"s/a": 0.4})
+    rows = empty.query("SELECT method, relative_to_expert FROM leaderboard WHERE kind = 'merged' ORDER BY method").rows
     assert rows == [("average", 0.5), ("interpolate", 0.5)]
 
 
-def test_a_recipe_run_twice_has_one_row_the_newest(store: Store) -> None:
-    runs = [merge(store, "M", {"method": "average", "settings": {}, "out": out}, ["s/a"]) for out in "ab"]
-    evaluate(store, "M", {"s/a": 0.4})
-    assert store.query("SELECT run_id FROM leaderboard").rows == [(runs[1].id,)]
+def test_a_recipe_run_twice_has_one_row_the_newest(empty: Store) -> None:
+    runs = [merge(empty, "M", {"method": "average", "settings": {}, "out": out}, ["s/a"]) for out in "ab"]
+    evaluate(empty, "M", {"s/a": 0.4})
+    assert empty.query("SELECT run_id FROM leaderboard").rows == [(runs[1].id,)]
 
 
-def test_a_merge_that_gives_the_base_back_leaves_the_base_its_row(store: Store) -> None:
-    finetune(store, "s/a", "Ea")
-    evaluate(store, "Ea", {"s/a": 0.8})
-    run = merge(store, "B", {"method": "task_arithmetic", "settings": {"scale": 0}}, ["s/a"])
-    evaluate(store, "B", {"s/a": 0.4}, heads={"s/a": "Ea"})
-    rows = store.query("SELECT kind, method, normalised FROM leaderboard ORDER BY kind").rows
+def test_a_merge_that_gives_the_base_back_leaves_the_base_its_row(empty: Store) -> None:
+    finetune(empty, "s/a", "Ea")
+    evaluate(empty, "Ea", {"s/a": 0.8})
+    run = merge(empty, "B", {"method": "task_arithmetic", "settings": {"scale": 0}}, ["s/a"])
+    evaluate(empty, "B", {"s/a": 0.4}, heads={"s/a": "Ea"})
+    rows = empty.query("SELECT kind, method, normalised FROM leaderboard ORDER BY kind").rows
     assert rows == [("base", None, 0.0), ("expert", None, 1.0), ("merged", "task_arithmetic", 0.0)]
-    assert store.query("SELECT count(*) FROM lineage WHERE parent = ?", [run.id]).rows == [(0,)]
+    assert empty.query("SELECT count(*) FROM lineage WHERE parent = ?", [run.id]).rows == [(0,)]
 
 
-def test_an_expert_no_better_than_its_base_gives_no_normalised_score(store: Store) -> None:
-    finetune(store, "s/a", "Ea")
-    evaluate(store, "Ea", {"s/a": 0.4})
-    evaluate(store, "B", {"s/a": 0.5}, heads={"s/a": "Ea"})
-    merge(store, "M", {"method": "average", "settings": {}}, ["s/a"])
-    evaluate(store, "M", {"s/a": 0.45})
-    rows = store.query("SELECT normalised, relative_to_expert FROM leaderboard WHERE kind = 'merged'").rows
+def test_an_expert_no_better_than_its_base_gives_no_normalised_score(empty: Store) -> None:
+    finetune(empty, "s/a", "Ea")
+    evaluate(empty, "Ea", {"s/a": 0.4})
+    evaluate(empty, "B", {"s/a": 0.5}, heads={"s/a": "Ea"})
+    merge(empty, "M", {"method": "average", "settings": {}}, ["s/a"])
+    evaluate(empty, "M", {"s/a": 0.45})
+    rows = empty.query("SELECT normalised, relative_to_expert FROM leaderboard WHERE kind = 'merged'").rows
     assert rows == [(None, pytest.approx(1.125))]
 
 
-def test_an_expert_is_measured_on_other_tasks_by_their_experts(store: Store) -> None:
+def test_an_expert_is_measured_on_other_tasks_by_their_experts(empty: Store) -> None:
     for task, score in (("s/a", 0.8), ("s/b", 0.5)):
-        finetune(store, task, OWN[task])
-        evaluate(store, OWN[task], {task: score})
-    evaluate(store, "Ea", {"s/b": 0.25}, heads={"s/b": "Eb"})
-    rows = store.query("SELECT task, relative_to_expert FROM leaderboard WHERE model = 'Ea' ORDER BY task").rows
+        finetune(empty, task, OWN[task])
+        evaluate(empty, OWN[task], {task: score})
+    evaluate(empty, "Ea", {"s/b": 0.25}, heads={"s/b": "Eb"})
+    rows = empty.query("SELECT task, relative_to_expert FROM leaderboard WHERE model = 'Ea' ORDER BY task").rows
     assert rows == [("s/a", 1.0), ("s/b", 0.5)]
 
 
-def test_models_that_need_no_heads_are_measured_by_the_merge_s_experts(store: Store) -> None:
-    merge(store, "M", {"method": "average", "settings": {}}, ["s/a", "s/b"])
+def test_models_that_need_no_heads_are_measured_by_the_merge_s_experts(empty: Store) -> None:
+    merge(empty, "M", {"method": "average", "settings": {}}, ["s/a", "s/b"])
     for digest, first, second in (("B", 0.2, 0.2), ("Ea", 0.8, 0.3), ("Eb", 0.3, 0.6), ("M", 0.5, 0.5)):
-        evaluate(store, digest, {"s/a": first, "s/b": second})
-    table = store.leaderboard()
+        evaluate(empty, digest, {"s/a": first, "s/b": second})
+    table = empty.leaderboard()
     assert column(table, "normalised") == {
         "B": 0.0, "each task's own": 1.0, "Ea": pytest.approx(0.625), "Eb": pytest.approx((1 / 6 + 1) / 2),
         "M": pytest.approx((0.5 + 0.75) / 2),
     }  # fmt: skip
 
 
-def test_several_bases_stand_in_groups_of_their_own(store: Store) -> None:
+def test_several_bases_stand_in_groups_of_their_own(empty: Store) -> None:
     for base, expert in (("B", "Ea"), ("C", "Fa")):
-        finetune(store, "s/a", expert, base=base)
-        evaluate(store, base, {"s/a": 0.5}, heads={"s/a": expert})
-        evaluate(store, expert, {"s/a": 0.75 if base == "B" else 1.0})
-    rows = store.leaderboard().rows
+        finetune(empty, "s/a", expert, base=base)
+        evaluate(empty, base, {"s/a": 0.5}, heads={"s/a": expert})
+        evaluate(empty, expert, {"s/a": 0.75 if base == "B" else 1.0})
+    rows = empty.leaderboard().rows
     assert [(row[0], row[1], row[-2]) for row in rows] == [
         ("B", "base", 0.0), ("B", "expert", 1.0), ("C", "base", 0.0), ("C", "expert", 1.0),
     ]  # fmt: skip
 
 
-def test_a_score_of_a_model_nobody_made_here_is_shown_too(store: Store) -> None:
-    evaluate(store, "X", {"s/a": 0.5}, ref="org/some-model")
-    assert [row[1:3] for row in store.leaderboard().rows] == [("model", "some-model")]
+def test_a_score_of_a_model_nobody_made_here_is_shown_too(empty: Store) -> None:
+    evaluate(empty, "X", {"s/a": 0.5}, ref="org/some-model")
+    assert [row[1:3] for row in empty.leaderboard().rows] == [("model", "some-model")]
 
 
-def test_a_note_of_what_was_given_shortens_the_settings(store: Store) -> None:
+def test_a_note_of_what_was_given_shortens_the_settings(empty: Store) -> None:
     config = {"method": "ties", "settings": {"density": 0.2, "scope": "model"}}
-    merge(store, "M", config, ["s/a"], notes={"given": {"density": 0.2}})
-    evaluate(store, "M", {"s/a": 0.5})
-    assert store.query("SELECT settings FROM leaderboard").rows == [("density=0.2",)]
+    merge(empty, "M", config, ["s/a"], notes={"given": {"density": 0.2}})
+    evaluate(empty, "M", {"s/a": 0.5})
+    assert empty.query("SELECT settings FROM leaderboard").rows == [("density=0.2",)]
+
+
+COOKBOOK = (Path(__file__).parents[2] / "docs" / "sql.md").read_text(encoding="utf-8")
+QUESTIONS = [
+    q for block in re.findall(r"```sql\n(.*?)```", COOKBOOK, flags=re.S) for q in block.split(";\n") if q.strip()
+]
+NOTHING_HERE = ("score > expert_score", "FROM trials", "(changed)", "'version.%'", "kind = 'finetune' AND")
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_every_question_of_the_cookbook_is_answered(lab: Store, question: str) -> None:
+    rows = lab.query(question).rows
+    assert bool(rows) != any(words in question for words in NOTHING_HERE)
+
+
+def test_the_cookbook_shows_only_what_differs_between_two_runs(lab: Store) -> None:
+    (question,) = [question for question in QUESTIONS if "FROM compare" in question]
+    rows = lab.query(question).rows
+    assert ("setting", "settings.t", None, "0.5") in rows
+    assert ("result", "score s/a report", "0.7", "0.8") in rows
+    assert "kind" not in [row[1] for row in rows]
