@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mergectl.errors import UserError
 from mergectl.lab import Lab
 from mergectl.report import as_text
-from mergectl.studies import close, load_study
+from mergectl.studies import close, is_journal, journal_of, load_study, open_storage
 from mergectl.terminal import print_table
 from mergectl.trials import directions
 
 if TYPE_CHECKING:
     import optuna
 
+TRIALS = (
+    "SELECT t.trial, t.status, t.value, t.best_so_far, t.seconds, t.error, r.settings AS recipe "
+    "FROM trials t LEFT JOIN recipes r ON r.run_id = t.run_id WHERE t.study = ? ORDER BY t.trial, t.started_at"
+)
+SPLIT = "SELECT max(m.split) FROM metrics m JOIN runs r ON r.run_id = m.run_id WHERE r.study = ? AND r.kind = 'trial'"
 BINS = 5  # into which the values of a number are sorted
 
 
 def show_study(lab: Lab, name: str, storage: str | None, form: str) -> None:
-    """Print what a study holds, as tables, JSON, or its history as CSV or Markdown."""
+    """Print what a study holds, as tables, JSON, or its history as CSV, Markdown or LaTeX."""
     study = load_study(lab.folder / "optuna", name, where=storage)
     try:
         found = document(study)
@@ -28,7 +34,7 @@ def show_study(lab: Lab, name: str, storage: str | None, form: str) -> None:
         close(study)
     if form == "json":
         print(json.dumps(found, indent=2, ensure_ascii=False, default=str))
-    elif form in ("csv", "md"):
+    elif form in ("csv", "md", "latex"):
         from mergectl.store import Table
 
         columns = list(found["history"][0]) if found["history"] else ["candidate"]
@@ -36,6 +42,56 @@ def show_study(lab: Lab, name: str, storage: str | None, form: str) -> None:
         print(as_text(Table(columns, rows), form))
     else:
         _print(found)
+
+
+def documents(lab: Lab, names: Sequence[str], storage: str | None, *, must: bool) -> list[dict[str, Any]]:
+    """What several studies hold; one whose journal is not here is told from the store, unless it `must` be there."""
+    import optuna
+
+    if must:
+        close(load_study(lab.folder / "optuna", names[0], where=storage))
+    elif is_journal(storage) and not journal_of(lab.folder / "optuna", storage).exists():
+        return [from_store(lab, name) for name in names]
+    place = open_storage(lab.folder / "optuna", storage)
+    there = {study.study_name for study in place.get_all_studies()}
+    studies = {name: optuna.load_study(study_name=name, storage=place) for name in names if name in there}
+    try:
+        return [document(studies[name]) if name in studies else from_store(lab, name) for name in names]
+    finally:
+        for study in list(studies.values())[:1]:
+            close(study)
+
+
+def from_store(lab: Lab, name: str) -> dict[str, Any]:
+    """What the store's trials tell of a study: all but importance, which needs the ranges."""
+    rows = lab.store.query(TRIALS, [name]).records()
+    done = [row for row in rows if row["status"] == "finished" and row["value"] is not None]
+    history = [
+        {
+            "candidate": row["trial"], "mean": row["value"], "best mean": row["best_so_far"],
+            "seconds": row["seconds"], "scores": {}, "settings": _unfolded(row["recipe"]),
+        }
+        for row in done
+    ]  # fmt: skip
+    best = max(done, key=lambda row: float(row["value"]), default=None)
+    return {
+        "study": name, "searched_on": lab.store.query(SPLIT, [name]).rows[0][0] or "tune", "objectives": ["mean"],
+        "states": {status: [row["status"] for row in rows].count(status) for status in {r["status"] for r in rows}},
+        "history": history, "importance": {"mean": None}, "importance_by": "PED-ANOVA", "slices": {},
+        "front": [] if best is None else [best["trial"]],
+        "refused": [
+            {"candidate": row["trial"], "settings": _unfolded(row["recipe"]), "why": row["error"]}
+            for row in rows
+            if row["status"] == "failed"
+        ],
+    }  # fmt: skip
+
+
+def _unfolded(recipe: str | None) -> dict[str, Any]:
+    """A trial's settings, one entry for each task where they differ per task, as studies have them."""
+    settings = json.loads(recipe or "{}")
+    parts = {name: value if isinstance(value, dict) else {"": value} for name, value in settings.items()}
+    return {f"{name}[{key}]" if key else name: part for name, own in parts.items() for key, part in own.items()}
 
 
 def _flat(value: Any) -> Any:
@@ -101,8 +157,12 @@ def _importance(study: optuna.Study, place: int) -> dict[str, float] | None:
     """How much of the difference between trials each setting explains; None where there is too little to tell."""
     import optuna
 
+    # PED-ANOVA asks what makes its target low, whatever the study's direction, and warns that it does.
+    sign = 1.0 if study.directions[place].name == "MINIMIZE" else -1.0
     try:
-        found = optuna.importance.get_param_importances(study, target=lambda trial: float(trial.values[place]))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="PedAnova")
+            found = optuna.importance.get_param_importances(study, target=lambda trial: sign * trial.values[place])
     except (ValueError, RuntimeError):  # fewer than two trials, or all alike
         return None
     return {name: float(share) for name, share in found.items()}

@@ -71,6 +71,30 @@ def _bar() -> Any:
     )
 
 
+def width() -> int:
+    """How many characters a line has; plenty where nobody looks at a terminal."""
+    from rich.console import Console
+
+    return Console().width if sys.stdout.isatty() else 160
+
+
+def bar(share: float | None, length: int = 10) -> str:
+    """A share of one as a bar on dots; what is beyond either end is cut off."""
+    if share is None:
+        return ""
+    eighths = round(8 * length * min(max(share, 0.0), 1.0))
+    return ("█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()).ljust(length, "·")
+
+
+def sparkline(values: Sequence[float], length: int = 40) -> str:
+    """Numbers in their order as a line of small bars, the lowest to the highest."""
+    if len(values) > length:
+        values = [values[round(n * (len(values) - 1) / (length - 1))] for n in range(length)]
+    low, high = min(values), max(values)
+    span = high - low or 1.0
+    return "".join("▁▂▃▄▅▆▇█"[round(7 * (value - low) / span)] for value in values)
+
+
 def print_table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, left: int = 1, marks: Sequence[str] = ()
 ) -> None:
@@ -89,7 +113,7 @@ def print_table(
         )
     for index, row in enumerate(rows):
         table.add_row(*(escape(cell(value)) for value in row), style=marks[index] if index < len(marks) else None)
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    Console(width=width()).print(table)
 
 
 def cell(value: Any) -> str:

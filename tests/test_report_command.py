@@ -268,3 +268,19 @@ def test_the_end_of_the_pipe_may_close_early(store: Path) -> None:
     done = subprocess.run(line, shell=True, capture_output=True, text=True)
     assert done.stdout == "range\n"
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--check", "--sql", "select 1"],
+        ["--sql", "select 1", "--study", "s"],
+        ["--html", "page.html", "--json"],
+        ["some-run", "--html", "page.html"],
+    ],
+    ids=" ".join,
+)
+def test_two_questions_at_once_are_refused(words: list[str], cli: Cli, capsys: Capture) -> None:
+    assert cli("report", *words) == 2
+    assert "Ask for one" in capsys.readouterr().err
+    assert not Path("page.html").exists()
