@@ -8,7 +8,9 @@ import json
 import os
 import re
 import shutil
+import threading
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ TOKENIZER = (
 )  # fmt: skip
 CARRIED = ("preprocessor_config.json", "processor_config.json", "generation_config.json", "chat_template.jinja")
 MODEL = ("config.json", "adapter_config.json")  # a folder that holds one of them may be replaced
+SAVING = 0.2  # seconds between two times that the disk is told to take what is there
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -106,12 +109,35 @@ def sync_all(folder: Path) -> None:
         sync(path)
 
 
+@contextlib.contextmanager
+def saving(folder: Path) -> Iterator[None]:
+    """Let the disk take what is written into a folder meanwhile, so that little is left for the end."""
+    done = threading.Event()
+
+    def save() -> None:
+        while not done.wait(SAVING):
+            for path in [*folder.glob("*.safetensors"), *folder.glob("tasks/*/*.safetensors")]:
+                with contextlib.suppress(OSError):  # what does not reach the disk is told at the end
+                    sync(path)
+
+    with ThreadPoolExecutor(1) as disk:
+        running = disk.submit(save)
+        try:
+            yield
+        finally:
+            done.set()
+            running.result()
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a small file whole or not at all."""
     work = path.with_name(f".{path.name}.{os.getpid()}")
-    work.write_text(text, encoding="utf-8")
-    sync(work)
-    work.replace(path)
+    try:
+        work.write_text(text, encoding="utf-8")
+        sync(work)
+        work.replace(path)
+    finally:
+        work.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -11,7 +11,6 @@ import json
 import os
 from pathlib import Path
 
-CHUNK = 1 << 22  # bytes read at once: enough for several threads
 LARGE = 1 << 20  # bytes; smaller files are quicker read than looked up
 
 
@@ -39,11 +38,7 @@ def _read(path: Path) -> bytes:
     import blake3 as library
 
     found = library.blake3(max_threads=library.blake3.AUTO)
-    buffer = bytearray(min(CHUNK, path.stat().st_size + 1))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            found.update(memoryview(buffer)[:count])
-    return found.digest()
+    return found.update_mmap(path).digest()
 
 
 def _folder() -> Path:

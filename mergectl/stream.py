@@ -12,7 +12,7 @@ from mergectl import plugins, settings
 from mergectl.blocks import Cut
 from mergectl.errors import UserError
 from mergectl.inputs import Inputs, Weights
-from mergectl.methods._contract import MergeWarning, MethodError
+from mergectl.methods._contract import MergeWarning, MethodError, Remember
 from mergectl.plan import (
     GIVEN,
     Recipe,
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     import torch
 
     from mergectl.methods._task_vectors import TaskVectors
+
+
+# Supplies by which a refinement's result depends on more than the models, its settings and the seed.
+DECIDING = frozenset({"masks", "signs", "grams", "fishers", "entropy"})
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class Stream:
         self.info = settings.describe(recipe.method)
         self.inputs = Inputs(base, experts, device)
         self.rescalers: dict[str, float] | None = None
+        self._lends = False  # pieces are looked at where they are made, so that their memory may serve again
         self.steps = steps_of(recipe, self.inputs.tasks)
         self.wanted = {key: must for step in self.steps for key, must in settings.describe(step.name).supplies.items()}
         check_experts(self.info, len(experts))
@@ -82,12 +87,13 @@ class Stream:
                 yield whole
 
     def run(self, take: Callable[[Piece], None]) -> Iterator[str]:
-        """Merge, handing every piece or block to `take` in the thread that made it; yield the names of weights done."""
+        """Merge, lending every piece or block to `take` in the thread that made it; yield the names of weights done."""
 
         def taken(piece: Piece) -> str | None:
             take(piece)
             return piece.name if piece.last else None
 
+        self._lends = True
         return (name for name in self._results(taken) if name is not None)
 
     def _results(self, take: Callable[[Piece], Any]) -> Iterator[Any]:
@@ -119,9 +125,7 @@ class Stream:
             return _Finished(take(self._piece(name, result, is_weight, last.name)))
 
         vectors = self._vectors(units, refinements, pool, finish)
-        result = iter(
-            settings.function_of(last.name)(**self._supplied(last, vectors, bool(refinements)), **last.settings)
-        )
+        result = iter(settings.function_of(last.name)(**self._supplied(last, vectors, refinements), **last.settings))
         missing = dict.fromkeys(units)
         while True:
             try:
@@ -147,7 +151,7 @@ class Stream:
         if merged.shape != self.inputs.shapes.get(name):
             raise UserError(f"Method '{method}' gave an unknown or misshapen weight '{name}': mend its file.")
         if not is_weight:
-            weight = self.inputs.base_weight(name) + merged
+            weight = self._added(self.inputs.base_weight(name), merged)
         else:  # a view may be of memory that the next weight is read into
             weight = merged.clone() if merged._is_view() else merged
         delta, kept = (merged.cpu(), masks[0].cpu()) if masks else (None, None)
@@ -156,6 +160,14 @@ class Stream:
         block = self.inputs.blocks[name]
         last = block.stop == math.prod(self.inputs.shapes[block.weight])
         return Piece(block.weight, weight.cpu(), delta, kept, start=block.start, last=last)
+
+    def _added(self, base: torch.Tensor, merged: torch.Tensor) -> torch.Tensor:
+        """Add a merged task vector to the base's weight."""
+        import torch
+
+        if not self._lends or merged.dtype != base.dtype:
+            return base + merged
+        return torch.add(base, merged, out=self.inputs.room("merged", base.shape, base.dtype, self.device))
 
     def _join(self, whole: Piece | None, part: Piece) -> Piece:
         """Put a block into its weight; blocks of one weight come one after the other."""
@@ -197,14 +209,14 @@ class Stream:
         lab = {"wholes": self.inputs.wholes(names), "spread": pool.map, "finish": finish}
         vectors = TaskVectors(self.inputs.tasks, shapes, self.inputs.deltas, **lab)
         for place, step in enumerate(refinements):
-            supplied = self._supplied(step, vectors, place > 0, stream=place)
+            supplied = self._supplied(step, vectors, refinements[:place], stream=place)
             vectors = settings.function_of(step.name)(**supplied, **step.settings)
         return vectors
 
-    def _supplied(self, step: Step, vectors: TaskVectors, refined: bool, stream: int = -1) -> dict[str, Any]:
-        """Return what a step asks for, as far as there is any."""
+    def _supplied(self, step: Step, vectors: TaskVectors, before: Sequence[Step], stream: int = -1) -> dict[str, Any]:
+        """Return what a step asks for, as far as there is any; the steps before it have refined the vectors."""
         inputs, have_base = self.inputs, self.inputs.base is not None
-        weights = (lambda name: inputs.base_weight(name) + vectors[name]) if refined else inputs.weights
+        weights = (lambda name: inputs.base_weight(name) + vectors[name]) if before else inputs.weights
         offers: dict[str, Any] = {
             "task_vectors": vectors if have_base else None,
             "experts": vectors.reading(weights),
@@ -212,11 +224,21 @@ class Stream:
             "rng": generators(self.recipe.seed, stream),
             **{name: self.supplies.get(name) for name in GIVEN},
         }
+        if before and offers["remember"] is not None:
+            asked = {name for step in before for name in settings.describe(step.name).supplies}
+            own = not any(self.supplies.get(name) for name in asked & DECIDING)
+            offers["remember"] = _remembered_after(before, self.recipe.seed, offers["remember"]) if own else None
         if inputs.blocks and offers["signs"] is not None:
             offers["signs"] = Cut(offers["signs"], inputs.blocks)
         if inputs.blocks and offers["masks"] is not None:
             offers["masks"] = {task: Cut(masks, inputs.blocks) for task, masks in offers["masks"].items()}
         return {name: offers[name] for name in settings.describe(step.name).supplies}
+
+
+def _remembered_after(before: Sequence[Step], seed: int, remember: Remember) -> Remember:
+    """What is made of refined task vectors is another thing than what is made of the models' own."""
+    words = ", ".join(f"{step.name} {dict(sorted(step.settings.items()))}" for step in before)
+    return lambda what, *given: remember(f"{what} after {words}, seed {seed}", *given)
 
 
 def merge_stream(

@@ -22,7 +22,6 @@ import warnings
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import torch
 
 from mergectl.methods import _kernels
@@ -54,10 +53,11 @@ def merge(
 
     def unify(name: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         unified, agreeing = elect(x)
+        masks = _kernels.positive(agreeing)
         share = RESCALERS[rescaler](max(task_vectors.weight_of(name)[1], 1))
-        rows = zip(x, agreeing, strict=True)
-        sizes[name] = [(share * size(row), share * size(mask * unified)) for row, mask in rows]
-        return unified, _kernels.positive(agreeing)
+        own, left = _kernels.row_sums(x.abs()), _kernels.row_sums(agreeing.mul_(unified.abs()))
+        sizes[name] = [(share * whole, share * rest) for whole, rest in zip(own, left, strict=True)]
+        return unified, masks
 
     yield from task_vectors.each(unify)
     tasks = range(len(task_vectors.tasks))
@@ -76,14 +76,6 @@ def elect(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the unified vector, and 1 where a task's entries agree with it; a mean of zero elects minus."""
     elected = _kernels.elect_by_mass(x)
     sign = torch.gt(elected, 0, out=elected).mul_(2).sub_(1)
-    agreeing, largest = torch.empty_like(x), torch.zeros_like(x[0])
-    for row, mask in zip(x, agreeing, strict=True):
-        part = _kernels.agreeing(row, sign)
-        torch.maximum(largest, part, out=largest)
-        torch.gt(part, 0, out=mask)
-    return largest.mul_(sign).add_(0.0), agreeing  # + 0.0 turns -0.0 into 0.0
-
-
-def size(x: torch.Tensor) -> float:
-    """Return the sum of magnitudes, in float64 and independent of the number of threads."""
-    return float(np.abs(x.cpu().numpy()).sum(dtype=np.float64))
+    agreeing = _kernels.agreeing(x, sign)
+    largest = agreeing.amax(dim=0)
+    return largest.mul_(sign).add_(0.0), torch.gt(agreeing, 0, out=agreeing)  # + 0.0 turns -0.0 into 0.0
