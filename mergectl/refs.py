@@ -1,4 +1,7 @@
-"""What can stand where a model is named: a folder, run or hub id, layers of several, a model without some tokens."""
+"""What can stand where a model is named: a folder, run or hub id, or a model made of others.
+
+Layers of several models, a model without some tokens, a model under another head.
+"""
 
 from __future__ import annotations
 
@@ -59,11 +62,34 @@ class Cut:
         return {**below, "tokens": self.rows}
 
 
-Ref: TypeAlias = str | Stack | Cut
+@dataclass(frozen=True)
+class Reheaded:
+    """A model whose head is drawn anew on the pooler of `base` (`reference`), or is merged as its other weights are."""
+
+    model: str | Stack
+    policy: str  # reference or interpolate
+    base: str | None = None  # lends the pooler, where it has one
+    seed: int = 0
+
+    def __str__(self) -> str:
+        """What a person reads."""
+        if self.policy == "interpolate":
+            return f"{self.model} (its head is merged)"
+        return f"{self.model} (pooler of {self.base}, head drawn by seed {self.seed})"
+
+    def record(self) -> dict[str, Any]:
+        """What a record keeps, from which `ref_of` makes it again."""
+        below = self.model.record() if isinstance(self.model, Stack) else {"model": self.model}
+        return {**below, "head": {"policy": self.policy, "base": self.base, "seed": self.seed}}
+
+
+Ref: TypeAlias = str | Stack | Cut | Reheaded
 
 
 def ref_of(row: Mapping[str, Any]) -> Ref:
     """The model that an input's row in a record names."""
+    if "head" in row:
+        return Reheaded(_whole(row, str(row.get("model"))), **row["head"])
     if "tokens" in row:
         return Cut(_whole(row, str(row.get("model"))), row["tokens"])
     return _whole(row, str(row["ref"]))

@@ -1,0 +1,32 @@
+"""Under which prefix a model's names hold its backbone, what is its head, and what is its pooler."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+HEADED = ("Classification", "QuestionAnswering", "MultipleChoice")
+POOLER = re.compile(r"(^|\.)(pooler\..*)")
+DISTILLED = re.compile(r"(^|\.)fit_denses?\.")  # projections that TinyBERT learnt its teacher's states with
+
+
+def prefixes(names: Sequence[str]) -> list[str]:
+    """No prefix, and every first component that holds more than half of the names."""
+    counts = Counter(name.split(".", 1)[0] for name in names if "." in name)
+    return ["", *(f"{word}." for word, n in counts.items() if 2 * n > len(names))]
+
+
+def headed_prefix_of(config: Mapping[str, Any], names: Sequence[str]) -> str:
+    """The backbone's prefix in a model saved with a task head, or '' when it has none."""
+    classes = config.get("architectures") or [""]
+    if not any(word in classes[0] for word in HEADED):
+        return ""
+    return prefixes(names)[-1]
+
+
+def pooler_part(name: str) -> str | None:
+    """What a pooler's weight is called in any model, `pooler.dense.weight`; None for all other weights."""
+    found = POOLER.search(name)
+    return None if found is None else found[2]
