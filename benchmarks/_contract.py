@@ -79,11 +79,13 @@ class Task:
     prepare: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None  # only for the odd one
     make: Callable[[str], Mapping[str, Sequence[Any]]] | None = None  # columns of a split made by code (digits)
     head: tuple[str, ...] = ()  # labels of the head that answers, where they are not `labels` (snli/raw)
+    answered_by: tuple[str, ...] = ()  # other tasks, by id, whose heads answer this one as they are
     files: Mapping[Use, str] = field(default_factory=dict)  # the user's own files (suite `files`)
     templates: tuple[Template, ...] = ()  # for text_to_text: the first is the usual one
     pool: Literal["first", "median"] = "first"  # scored by the first template, or by all, and the median counts
     prompts: tuple[str, ...] = ()  # for images: what CLIP reads of a class, which stands for {}
     words: tuple[str, ...] = ()  # what stands for {}, label by label, where not the label; "happy|smiling" is both
+    lists: Callable[[Use], list[tuple[str, str]]] | None = None  # (file, label): what cuts a folder of all images
     suite: str = ""  # filled in by the lab
 
     @property
@@ -95,6 +97,18 @@ class Task:
 def with_suite(task: Task, suite: str) -> Task:
     """Return the task with its suite's name filled in."""
     return replace(task, suite=suite)
+
+
+def same_question(one: Task, other: Task) -> bool:
+    """Whether a head for one task answers the other: it asks for the same labels of the same data set.
+
+    Suites may share a data set, and tasks may differ in splits and metrics alone.
+    """
+
+    def asked(task: Task) -> tuple[object, ...]:
+        return task.kind, task.source, task.config, task.inputs, task.label, task.labels, task.head, task.words
+
+    return bool(one.source) and asked(one) == asked(other) and one.prompts == other.prompts
 
 
 def tune_few(fit: str, *, cut: str, rows: int = 32, seed: int = 42, report: str = "") -> dict[Use, Part]:

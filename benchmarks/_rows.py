@@ -44,7 +44,8 @@ def load(
     if use not in task.parts:
         raise BenchmarkError(f"{task.id} has no rows for '{use}', only for {', '.join(task.parts)}.")
     split, table = _sources.find(task, use, data)
-    chosen = choose(len(table), task.parts[use], limit, seed)
+    part = Part(split) if split.startswith(_sources.LISTED) else task.parts[use]
+    chosen = choose(len(table), part, limit, seed)
     columns = table.take(chosen)
     if task.prepare is not None:
         columns = _prepared(task, columns, table.place)

@@ -6,9 +6,11 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from mergectl.benchmarks import _tables
+from mergectl.benchmarks import _folders, _tables
 from mergectl.benchmarks._contract import BenchmarkError, Part, Task, Use
 from mergectl.benchmarks._tables import Table
+
+LISTED = "listed for"  # begins the name of a split that a data set's own lists make, so that it is not cut again
 
 
 def find(task: Task, use: Use, data: Path | None) -> tuple[str, Table]:
@@ -19,9 +21,14 @@ def find(task: Task, use: Use, data: Path | None) -> tuple[str, Table]:
     columns = None if task.prepare else [*task.inputs, task.label]
     if task.files:
         return part.split, _tables.read(Path(task.files[use]), columns)
+    tree = None if data is None else Path(data) / task.source / task.config / _folders.TREE
+    if task.lists is not None and tree is not None and tree.is_dir():
+        return f"{LISTED} {use}", _folders.listed(task, use, tree)
     tried: list[str] = []
     if found := next(_on_disk(task, part, data, tried), None):
         split, files = found
+        if files[0].is_dir():
+            return split, _folders.by_class(files[0], task)
         return split, _tables.join([_tables.read(file, columns) for file in files])
     return _from_hub(task, use, part, columns, data, tried)
 
@@ -37,7 +44,10 @@ def _on_disk(task: Task, part: Part, data: Path | None, tried: list[str]) -> Ite
 
 
 def _in_folder(task: Task, split: str, data: Path | None, tried: list[str]) -> list[Path]:
-    """Return `<source>/<config>/<split>.parquet` in the data folder, its shards as the hub names them, or its CSV."""
+    """Return `<source>/<config>/<split>.parquet` in the data folder, its shards as the hub names them, or its CSV.
+
+    Images may also lie in a folder `<split>` with one folder for each class.
+    """
     if data is None:
         return []
     folder = Path(data) / task.source / task.config
@@ -46,7 +56,9 @@ def _in_folder(task: Task, split: str, data: Path | None, tried: list[str]) -> l
         return [whole]
     tried.append(f"there is no {text if task.obtain else whole}")
     shards = sorted(folder.glob(f"{split}-?????-of-?????.parquet"))
-    return [text] if text.is_file() and not shards else shards
+    if shards or text.is_file():
+        return shards or [text]
+    return [folder / split] if task.kind == "image_classification" and (folder / split).is_dir() else []
 
 
 def _in_cache(task: Task, split: str) -> list[Path]:

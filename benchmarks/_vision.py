@@ -10,6 +10,7 @@ import struct
 import zlib
 from typing import Any
 
+from mergectl.benchmarks import _eurosat
 from mergectl.benchmarks import _vision_names as names
 from mergectl.benchmarks._contract import Part, Task, Use, tune_share
 
@@ -118,7 +119,7 @@ EIGHT = (
     _row("sun397", names.SUN397, BOTH, hub="tanganke/sun397"),
     _row("cars", names.CARS, CARS, hub="tanganke/stanford_cars"),
     _row("resisc45", names.RESISC45, ABOVE, hub="tanganke/resisc45"),
-    _row("eurosat", LAND, SATELLITE, hub="tanganke/eurosat", words=LAND_WORDS),
+    _row("eurosat", LAND, SATELLITE, hub="tanganke/eurosat", words=LAND_WORDS, lists=_eurosat.lists),
     _row("svhn", DIGITS, NUMBER, hub="ufldl-stanford/svhn", config="cropped_digits"),
     _row("gtsrb", names.GTSRB, SIGNS, hub="tanganke/gtsrb"),
     _row("mnist", DIGITS, NUMBER, hub="ylecun/mnist", config="mnist"),

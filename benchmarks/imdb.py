@@ -1,6 +1,7 @@
 """IMDb: long film reviews, negative or positive, scored on the official test set.
 
-The train set gives 90 % to fit and 10 % to tune. `--limit 5000 --seed 42` draws the sample of the alpha study.
+The train set gives 90 % to fit and 10 % to tune. An expert for `glue/sst2` answers it as it is.
+`--limit 5000 --seed 42` draws the sample of the alpha study.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ TASKS = (
         label="label",
         labels=("neg", "pos"),
         metric="accuracy",
+        metrics=("weighted_f1",),
+        answered_by=("glue/sst2",),
         parts=tune_share(report="test"),
         source="imdb",
         config="plain_text",

@@ -64,7 +64,7 @@ def test_f1_counts_class_one_as_the_positive_one() -> None:
 
 def test_scores_take_the_largest_logit() -> None:
     logits = [[0.1, 2.0], [3.0, -1.0], [0.0, 0.5]]
-    assert _metrics.scores(TASKS["rte"], [1, 0, 0], logits) == {"accuracy": pytest.approx(2 / 3)}
+    assert _metrics.scores(TASKS["qnli"], [1, 0, 0], logits) == {"accuracy": pytest.approx(2 / 3)}
 
 
 def test_scores_name_the_main_metric_first_and_then_the_others() -> None:

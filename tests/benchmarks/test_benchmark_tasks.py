@@ -78,7 +78,7 @@ def test_the_whole_of_glue_is_its_eight_tasks_in_the_fixed_order() -> None:
 
 def test_glue_is_scored_as_published_averages_are() -> None:
     tasks = {task.name: (task.metric, task.parts["report"].split) for task in ALL if task.suite == "glue"}
-    usual = dict.fromkeys(("sst2", "mrpc", "qqp", "qnli", "rte", "wnli"), ("accuracy", "validation"))
+    usual = dict.fromkeys(("sst2", "mrpc", "qqp", "qnli", "rte", "wnli", "mrpc_rte"), ("accuracy", "validation"))
     assert tasks == {
         **usual,
         "cola": ("matthews", "validation"),
@@ -172,7 +172,7 @@ def test_snli_with_the_labels_of_rte_joins_neutral_and_contradiction(tmp_path: P
     found = {name: _rows.load(task, "report", data=tmp_path) for name, task in tasks.items()}
     assert {name: rows.labels for name, rows in found.items()} == {
         "snli": [0, 1, 2],
-        "rte_labels": [0, 1, 1],
+        "collapse": [0, 1, 1],
         "raw": [0, 1, 2],
     }
     assert {rows.ids[-1] for rows in found.values()} == {"test/3"}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mergectl.benchmarks import _rows, _vision, vision8, vision14, vision20
-from mergectl.benchmarks._contract import BenchmarkError, Part, Task, with_suite
+from mergectl.benchmarks import _eurosat, _rows, _vision, vision8, vision14, vision20, vision_literal
+from mergectl.benchmarks._contract import BenchmarkError, Part, Task, Use, same_question, with_suite
 from mergectl.benchmarks._tables import Table
+from mergectl.clip import texts_of
 
 ALL = {task.name: with_suite(task, "vision20") for task in vision20.TASKS}
 
@@ -125,3 +128,78 @@ def test_a_data_set_without_a_hub_copy_says_where_to_get_it_and_where_to_put_it(
         _rows.load(ALL[name], "report", data=tmp_path)
     assert ALL[name].obtain in str(error.value)
     assert str(tmp_path / name / "default" / "test.csv") in str(error.value)
+
+
+def put(folder: Path, *names: str) -> None:
+    """Write a picture under each of these names."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(_vision.BAR["bytes"])
+
+
+def test_images_may_lie_in_a_folder_for_each_class(tmp_path: Path) -> None:
+    folder = tmp_path / "resisc45" / "default" / "test"
+    put(folder, "storage_tank/b.png", "storage_tank/a.JPG", "Airport/deep/c.png", "airport2/notes.txt")
+    rows = _rows.load(ALL["resisc45"], "report", data=tmp_path)
+    names = [ALL["resisc45"].labels[int(label)] for label in rows.labels]
+    assert (names, rows.ids) == (["airport", "storage tank", "storage tank"], ["test/0", "test/1", "test/2"])
+    assert rows.columns["image"][0].size == (8, 8)
+
+
+def test_folders_may_carry_the_numbers_of_classes(tmp_path: Path) -> None:
+    put(tmp_path / "gtsrb" / "default" / "test", "00014/1.ppm", "00002/1.ppm")
+    assert _rows.load(ALL["gtsrb"], "report", data=tmp_path).labels == [2, 14]
+
+
+@pytest.mark.parametrize(("name", "sentence"), [
+    ("abbey/readme.txt", "has no images in folders named after the classes of vision20/mnist"),
+    ("eleven/1.png", "'label' is 'eleven', which is no label of vision20/mnist"),
+])  # fmt: skip
+def test_folders_of_other_classes_are_refused(name: str, sentence: str, tmp_path: Path) -> None:
+    put(tmp_path / "mnist" / "mnist" / "test", name)
+    with pytest.raises(BenchmarkError, match=sentence):
+        _rows.load(ALL["mnist"], "report", data=tmp_path)
+
+
+LISTS = {
+    "fit": (21600, "616cadd644bc7859"), "tune": (2700, "a554158b576c5727"), "report": (2700, "d8a73aa4767620a7"),
+}  # fmt: skip
+USES: tuple[Use, ...] = ("fit", "tune", "report")
+
+
+def test_the_lists_that_cut_eurosat_are_always_the_same() -> None:
+    found = {use: [file for file, _ in _eurosat.lists(use)] for use in USES}
+    digest = {use: hashlib.blake2b("\n".join(files).encode(), digest_size=8) for use, files in found.items()}
+    assert {use: (len(files), digest[use].hexdigest()) for use, files in found.items()} == LISTS
+    assert len(set().union(*found.values())) == 27000
+
+
+@pytest.mark.parametrize("use", ["tune", "report"])
+def test_every_class_of_eurosat_gives_270_images(use: Use) -> None:
+    counts = Counter(label for _, label in _eurosat.lists(use))
+    assert counts == dict.fromkeys(ALL["eurosat"].labels, 270)
+
+
+def test_eurosats_own_tree_of_images_is_cut_by_the_lists(tmp_path: Path) -> None:
+    task = replace(ALL["eurosat"], lists=lambda use: _eurosat.lists(use)[:3])
+    for use in USES:
+        put(tmp_path / "eurosat" / "default" / "images", *(file for file, _ in _eurosat.lists(use)[:3]))
+    save(tmp_path, task, "test", ["River"])  # the tree goes before it
+    rows = _rows.load(task, "report", data=tmp_path)
+    assert (rows.labels, rows.ids[0], rows.split) == ([0, 0, 0], "listed for report/0", "listed for report")
+    assert len({row for use in USES for row in _rows.load(task, use, data=tmp_path).ids}) == 9
+
+
+def test_an_image_that_the_lists_name_and_the_tree_lacks_is_told(tmp_path: Path) -> None:
+    (tmp_path / "eurosat" / "default" / "images").mkdir(parents=True)
+    with pytest.raises(BenchmarkError, match=r"AnnualCrop_10\.jpg could not be read"):
+        _rows.load(ALL["eurosat"], "report", data=tmp_path)
+
+
+def test_the_literal_task_asks_in_the_printed_lists_of_the_published_heads() -> None:
+    (literal,) = vision_literal.TASKS
+    usual = ALL["fer2013"]
+    assert literal.words[0] == "['angry']"
+    assert texts_of(literal)[3][0] == "a photo of a ['happy', 'smiling'] looking face."
+    assert (literal.labels, literal.prompts, literal.source) == (usual.labels, usual.prompts, usual.source)
+    assert not same_question(literal, usual)
