@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from mergectl.config import PipelineFile, read_file, read_value
 from mergectl.errors import UserError, did_you_mean
-from mergectl.families import named
 from mergectl.lab import Lab
+from mergectl.steps import KEYS, STEPS, words_of
 from mergectl.terminal import print_table
 
 SHIPPED = Path(__file__).parent / "recipes"
@@ -24,9 +24,13 @@ def shipped() -> dict[str, Path]:
 
 
 def show_all() -> None:
-    """List the shipped pipelines."""
-    rows = [(name, read_file(path, PipelineFile).title) for name, path in shipped().items()]
-    print_table("Pipelines: mergectl run NAME", ("name", "what it does"), rows, left=2)
+    """List the shipped pipelines, those of one paper together."""
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for name in shipped():
+        pipeline = _read(name)
+        groups.setdefault(pipeline.paper or "mergectl itself", []).append((name, pipeline.title))
+    for paper, rows in groups.items():
+        print_table(f"{paper}: mergectl run NAME", ("name", "what it does"), rows, left=2)
 
 
 def load(name: str, changes: Mapping[str, str], *, smoke: bool = False) -> PipelineFile:
@@ -37,10 +41,15 @@ def load(name: str, changes: Mapping[str, str], *, smoke: bool = False) -> Pipel
     unknown = [key for key in changes if key not in pipeline.settings]
     if unknown:
         raise UserError(f"The pipeline has no setting '{unknown[0]}'.{did_you_mean(unknown[0], pipeline.settings)}")
-    short = {key: "@base" if key == "base" else value for key, value in pipeline.smoke.items()} if smoke else {}
+    short = {key: f"@{key}" if made(value) else value for key, value in pipeline.smoke.items()} if smoke else {}
     settings = {**pipeline.settings, **short, **{key: read_value(value) for key, value in changes.items()}}
     steps = [_filled(step, settings) for step in pipeline.steps]
     return pipeline.model_copy(update={"steps": steps, "settings": settings})
+
+
+def made(value: Any) -> bool:
+    """Whether a setting of a smoke run is a configuration, of which a tiny model (or a population) is made."""
+    return isinstance(value, Mapping) and "model_type" in value
 
 
 def _read(name: str) -> PipelineFile:
@@ -81,13 +90,12 @@ def run(lab: Lab, name: str, changes: Mapping[str, str], *, dry_run: bool = Fals
     pipeline = load(name, changes, smoke=smoke)
     lab = _set_up(lab, pipeline, changes)
     if smoke:  # in a lab of its own: its scores mean nothing
-        lab = replace(lab, store_path=lab.folder / "smoke" / lab.store_path.name)
+        lab = replace(lab, store_path=lab.folder / "smoke" / lab.store_path.name, store_url=None)
     folder = lab.folder / "runs" / (pipeline.folder or Path(name).stem)
     for number, step in enumerate(pipeline.steps, 1):
         check(lab, step, number)
     if dry_run:
-        rows = [(n, _verb(step), _line(step[_verb(step)])) for n, step in enumerate(pipeline.steps, 1)]
-        print_table(pipeline.title, ("step", "verb", "what"), rows, left=3)
+        _plan(lab, pipeline, folder)
         return
     lab.terminal.say(pipeline.title)
     if smoke:
@@ -101,6 +109,19 @@ def run(lab: Lab, name: str, changes: Mapping[str, str], *, dry_run: bool = Fals
         lab.terminal.say(f"[{number}/{len(pipeline.steps)}] {verb} {_line(step[verb])}: {spent}")
     lab.terminal.say(f"Done in {time.perf_counter() - began:.0f} s.")
     _finish(lab, pipeline)
+
+
+def _plan(lab: Lab, pipeline: PipelineFile, folder: Path) -> None:
+    """Show the steps, with what they will take."""
+    from mergectl import estimates
+
+    speed = estimates.speed(lab.torch_device())
+    found = [estimates.estimate(step, pipeline.settings) for step in pipeline.steps]
+    words = estimates.in_words([*found, estimates.total(found)], speed)
+    said = [(str(n), _verb(step), _line(step[_verb(step)])) for n, step in enumerate(pipeline.steps, 1)]
+    rows = [(*line, *cost) for line, cost in zip([*said, ("", "all", str(folder))], words, strict=True)]
+    print_table(pipeline.title, ("step", "verb", "what", "disk", "time"), rows, left=3)
+    print(estimates.ASSUMED.format(speed=speed / 1e9))
 
 
 def _set_up(lab: Lab, pipeline: PipelineFile, changes: Mapping[str, str]) -> Lab:
@@ -119,19 +140,24 @@ def _make_small(lab: Lab, pipeline: PipelineFile, folder: Path) -> Lab:
     """Write sample rows and a tiny base into the pipeline's folder; return the lab that reads them."""
     from mergectl import smoke
 
-    words = [word for step in pipeline.steps for key in ("tasks", "on") for word in _list(step[_verb(step)], key)]
+    words = [word for step in pipeline.steps for key in ("tasks", "on") for word in words_of(step[_verb(step)], key)]
     tasks = lab.tasks(words)
     smoke.write_rows(folder / "data", tasks)
-    if "base" in pipeline.smoke and not (folder / "base" / "config.json").exists():
-        smoke.make_base(folder / "base", pipeline.smoke["base"], tasks, lab.seed)
+    models = {key: config for key, config in pipeline.smoke.items() if made(config)}
+    for number, (key, config) in enumerate(models.items()):
+        if not (folder / key).exists():
+            smoke.make(folder / key, config, tasks, lab.seed + number)
     return replace(lab, data=folder / "data")
 
 
 def _finish(lab: Lab, pipeline: PipelineFile) -> None:
     from mergectl.report import leaderboard
 
-    suites = {word.split("/")[0] for step in pipeline.steps for word in _list(step.get("eval", {}), "on")}
-    leaderboard(lab, "report", suites.pop() if len(suites) == 1 else None, "json" if lab.terminal.as_json else "table")
+    suites = {word.split("/")[0] for step in pipeline.steps for word in words_of(step.get("eval", {}), "on")}
+    limits = {step["eval"].get("limit") for step in pipeline.steps if "eval" in step}
+    limit = limits.pop() if len(limits) == 1 else None
+    split, suite = "report" if limit is None else f"report:{limit}", suites.pop() if len(suites) == 1 else None
+    leaderboard(lab, split, suite, "json" if lab.terminal.as_json else "table")
     if pipeline.next:
         lab.terminal.say("\nTry next:")
         for line in pipeline.next:
@@ -159,7 +185,7 @@ def check(lab: Lab, step: Mapping[str, Any], number: int) -> None:
         recipe_of(what["method"], given, what.get("refine", []), lab.seed)
     check_sampler(what.get("sampler", "random"))
     check_purpose(what.get("for", "none"), owned(what), check_grid(what.get("grid", {})), what.get("by_task", {}))
-    lab.tasks([*_list(what, "tasks"), *_list(what, "on")])
+    lab.tasks([*words_of(what, "tasks"), *words_of(what, "on")])
 
 
 def _check_keys(step: str, verb: str, what: Any) -> None:
@@ -181,120 +207,6 @@ def _check_keys(step: str, verb: str, what: Any) -> None:
             raise UserError(f"{step} needs the key '{key}'.")
 
 
-def _list(what: Mapping[str, Any], key: str) -> list[str]:
-    """A step's words, whether written as a list or as one."""
-    words = what.get(key) or []
-    return [words] if isinstance(words, str) else [str(word) for word in words]
-
-
 def _line(what: Mapping[str, Any]) -> str:
     words = [what.get(key) for key in ("method", "tasks", "models", "sampler")]
     return " ".join(" ".join(w) if isinstance(w, list) else str(w) for w in words if w)
-
-
-def _finetune_each(lab: Lab, folder: Path, what: Mapping[str, Any]) -> bool:
-    """Train the experts of a step; where tasks have settings of their own, one after the other."""
-    step = {key: value for key, value in what.items() if key != "by_task"}
-    if "by_task" not in what:
-        return _finetune(lab, folder, step)
-    every = [{**step, **what["by_task"].get(task, {}), "tasks": [task]} for task in _list(what, "tasks")]
-    return all([_finetune(lab, folder, one) for one in every])
-
-
-def _finetune(lab: Lab, folder: Path, what: dict[str, Any]) -> bool:
-    from mergectl.experts import job_of, owned, train
-    from mergectl.grid import check_grid
-
-    taken = ("tasks", "base", "out", "grid", "for", *owned(what))
-    options = {key: value for key, value in what.items() if key not in taken}
-    base, grid = what["base"], check_grid(what.get("grid", {}))
-    if isinstance(base, dict):
-        base = _config_file(folder, base)
-    job = job_of({**what, "against": [_inside(folder, ref) for ref in _list(what, "against")]})
-    results = train(
-        lab, _list(what, "tasks"), _inside(folder, base), folder / what.get("out", ""), options,
-        what.get("for", "none"), job, owned(what), grid, reuse=True,
-    )  # fmt: skip
-    return all(result["again"] for result in results)
-
-
-def _config_file(folder: Path, config: Mapping[str, Any]) -> str:
-    """A model configuration written in the pipeline, as a file to start from."""
-    import json
-
-    from mergectl.artefacts import write_text
-
-    path = folder / "config" / f"{config['model_type']}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(config, indent=2) + "\n")
-    return str(path)
-
-
-def _inside(folder: Path, ref: str) -> str:
-    """`@name` is the model that an earlier step wrote."""
-    return str(folder / ref[1:]) if ref.startswith("@") else ref
-
-
-def _job(lab: Lab, folder: Path, what: Mapping[str, Any]) -> Any:
-    from mergectl.merge import MergeJob
-    from mergectl.plan import recipe_of
-
-    recipe = recipe_of(what["method"], what.get("settings", {}), what.get("refine", []), lab.seed)
-    experts = tuple((task, _inside(folder, ref)) for task, ref in named(what["experts"]))
-    base = what.get("base")
-    return MergeJob(recipe, experts, _inside(folder, base) if base else None)
-
-
-def _merge(lab: Lab, folder: Path, what: dict[str, Any]) -> bool:
-    from mergectl.verbs import merge_models
-
-    return bool(merge_models(lab, _job(lab, folder, what), folder / what["out"], reuse=True)["again"])
-
-
-def _eval(lab: Lab, folder: Path, what: dict[str, Any]) -> bool:
-    from mergectl.conflict import store_conflict
-    from mergectl.verbs import evaluate_model
-
-    models = [_inside(folder, model) for model in what["models"]]
-    if what.get("conflict"):
-        return all([store_conflict(lab, model, (), reuse=True)["again"] for model in models])
-    heads = tuple((task, _inside(folder, ref)) for task, ref in named(what.get("heads", [])))
-    how = {key: what[key] for key in ("limit", "answer_metric") if key in what}
-    results = [evaluate_model(lab, model, _list(what, "on"), heads=heads, reuse=True, **how) for model in models]
-    return all(result["again"] for result in results)
-
-
-def _search(lab: Lab, folder: Path, what: dict[str, Any]) -> bool:
-    from mergectl.tuning import SearchJob, search_settings
-
-    job = SearchJob(
-        merge=_job(lab, folder, {**what, "settings": what.get("fix", {})}),
-        words=tuple(_list(what, "on")),
-        sampler=what.get("sampler", "random"),
-        trials=what.get("trials", 20),
-        ranges=what.get("range", {}),
-        per_task=tuple(what.get("per_task", [])),
-        limit=what.get("limit"),
-        start=what.get("start", {}),
-        per_layer=tuple(str(word) for word in _list(what, "per_layer")),
-        **{key: what[key] for key in ("objective", "sigma", "population", "workers", "prune") if key in what},
-    )
-    return bool(search_settings(lab, job, folder / what["out"], reuse=True)["again"])
-
-
-# What each verb must be told, and what it may be told; `finetune` also takes all that a fine-tuning can be told.
-KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "finetune": (("tasks", "base"), ("out", "grid", "by_task")),
-    "merge": (("method", "experts", "out"), ("base", "settings", "refine")),
-    "eval": (("models",), ("on", "heads", "limit", "answer_metric", "conflict")),
-    "search": (("method", "experts", "out"), (
-        "base", "on", "fix", "range", "per_task", "per_layer", "refine", "sampler", "trials", "limit", "objective",
-        "start", "sigma", "population", "workers", "prune",
-    )),
-}  # fmt: skip
-STEPS: dict[str, Callable[[Lab, Path, dict[str, Any]], bool]] = {
-    "finetune": _finetune_each,
-    "merge": _merge,
-    "eval": _eval,
-    "search": _search,
-}

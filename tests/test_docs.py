@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import filecmp
+import json
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mergectl import settings
+from tests import tiny_models as tiny
 from tests.conftest import Cli
 
 ROOT = Path(__file__).parent.parent
@@ -71,6 +74,34 @@ def test_the_docs_method_merges(cli: Cli, population: Path) -> None:
         install_example(in_blocks)
         assert cli("merge", "consensus_min", *words, "-o", out) == 0
     assert filecmp.cmp("whole/model.safetensors", "blocks/model.safetensors", shallow=False)
+
+
+def rows_of(cli: Cli, capsys: pytest.CaptureFixture[str], question: str) -> list[dict[str, Any]]:
+    """What the store answers."""
+    capsys.readouterr()
+    assert cli("report", "--json", "--sql", question) == 0
+    found: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_the_docs_benchmark_scores(cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import pandas
+
+    (code,) = re.findall(r"```python\n(.*?)```", PAGES["benchmarks.md"], flags=re.S)
+    place = Path("lab/benchmarks/hotels.py")
+    place.parent.mkdir(parents=True)
+    place.write_text(code)
+    rows = tmp_path / "data" / "hotels" / "default"
+    rows.mkdir(parents=True)
+    reviews = pandas.DataFrame(tiny.sentences("test")).rename(columns={"sentence": "review"})
+    reviews.to_parquet(rows / "test.parquet")
+    model = tiny.expert(tmp_path / "model", "bert", labels=["unkind", "kind"])
+    record = json.loads((model / "mergectl.json").read_text())
+    (model / "mergectl.json").write_text(json.dumps(record | {"task": "hotels/tone"}))
+    assert cli("eval", model, "--on", "hotels/tone", "--data", tmp_path / "data") == 0, capsys.readouterr().err
+    (row,) = rows_of(cli, capsys, "select score, split from leaderboard where task = 'hotels/tone'")
+    assert 0 <= row["score"] <= 1
+    assert row["split"] == "report"
 
 
 def test_the_docs_sql_runs(cli: Cli, population: Path) -> None:

@@ -163,7 +163,8 @@ def test_a_dry_run_shows_the_steps_and_writes_nothing(cli: Cli, capsys: Capture,
     assert cli("run", "small.yaml", "--dry-run") == 0
     lines = [line.split("│") for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
     shown = [[cell.strip() for cell in line[1:3]] for line in lines]
-    assert shown == [[str(n), v] for n, v in enumerate(["finetune", "eval", "eval", "merge", "eval", "search"], 1)]
+    steps = ["finetune", "eval", "eval", "merge", "eval", "search"]
+    assert shown == [*([str(n), v] for n, v in enumerate(steps, 1)), ["", "all"]]
     assert not Path("lab").exists()
 
 
