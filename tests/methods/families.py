@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
+import mergectl
 from mergectl import settings
+from mergectl.merging import Merged
 from mergectl.methods._contract import Split
+from mergectl.methods._moments import Gram
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "m.embed.weight": (13, 8),
@@ -41,6 +45,56 @@ def expert_count(method: str, wish: int = 3) -> int:
     """Return a number of experts the method takes, as near as may be to the wish."""
     least, most = settings.describe(method).experts
     return max(least, min(wish, most or wish))
+
+
+def _noise(task: str, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Draw numbers that belong to a task's weight, whatever the order of either."""
+    seed = int.from_bytes(hashlib.sha256(f"{task} {name}".encode()).digest()[:4], "little")
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _grams(task: str, weights: Weights) -> dict[str, Gram]:
+    linear = {name: x.shape[1] for name, x in weights.items() if x.dim() == 2 and len(x) and "embed" not in name}
+    rows = {name: _noise(task, name, (12, width)) for name, width in linear.items()}
+    return {name: Gram(x.t() @ x / 12, 12) for name, x in rows.items()}
+
+
+def _fishers(task: str, weights: Weights) -> Weights:
+    return {name: _noise(task, name, tuple(x.shape)).square() for name, x in weights.items() if x.is_floating_point()}
+
+
+# What a method may need that only the lab can make: of one task, from its expert's weights.
+MAKERS: dict[str, Callable[[str, Weights], Any]] = {"grams": _grams, "fishers": _fishers}
+
+
+def toy_entropy(weights: Mapping[str, torch.Tensor], step: int) -> torch.Tensor:
+    """Fall along fixed directions, which no rounding and no order of weights changes."""
+    found = [(x * _noise("entropy", name, tuple(x.shape)).to(x)).sum() for name, x in sorted(weights.items())]
+    return torch.stack(found).sum() + 100
+
+
+def after_two_steps(learned: Any) -> bool:
+    """Stop an adaptation early."""
+    return bool(learned.step >= 2)
+
+
+def supplies_for(method: str, experts: Mapping[str, Weights]) -> dict[str, Any]:
+    """Make what a method must have beside the weights."""
+    needed = settings.describe(method).supplies
+    adapting = {"entropy": toy_entropy, "watch": after_two_steps} if needed.get("entropy") else {}
+    return adapting | {
+        name: {task: make(task, weights) for task, weights in experts.items()}
+        for name, make in MAKERS.items()
+        if needed.get(name)
+    }
+
+
+def merge_weights(
+    method: str, base: Any, experts: Any, *, supplies: Mapping[str, Any] | None = None, **given: Any
+) -> Merged:
+    """Merge with what the method must have, as the lab would."""
+    supplies = {**supplies_for(method, experts), **(supplies or {})}
+    return mergectl.merge_weights(method, base, experts, supplies=supplies, **given)
 
 
 def neutral_settings(neutral: Mapping[str, Any], tasks: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from mergectl import blocks, merge_weights, settings
 from mergectl.methods import _task_vectors
+from tests.methods import families
 
 
 def weights(seed: int) -> dict[str, torch.Tensor]:
@@ -34,9 +35,9 @@ def test_blocks_change_nothing(method: str, length: int, monkeypatch: pytest.Mon
     drop: dict[str, Any] = {"drop": 0.0} if "drop" in info.settings else {}
     if "rng" in info.supplies and not drop:
         pytest.skip("its draws belong to blocks of the fixed length")
-    whole = merge_weights(method, BASE, EXPERTS, **drop)
+    whole = families.merge_weights(method, BASE, EXPERTS, **drop)
     monkeypatch.setattr(blocks, "LENGTH", length)
-    parts = merge_weights(method, BASE, EXPERTS, **drop)
+    parts = families.merge_weights(method, BASE, EXPERTS, **drop)
     for name in BASE:
         torch.testing.assert_close(parts[name], whole[name], rtol=0, atol=1e-7)
         torch.testing.assert_close(parts.task("t1")[name], whole.task("t1")[name], rtol=0, atol=1e-6)
