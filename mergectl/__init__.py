@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mergectl.benchmarks._contract import Part, Task, Template, tune_few, tune_share
     from mergectl.checkpoints import load_checkpoint
     from mergectl.errors import UserError
     from mergectl.evaluate import evaluate
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
         PerTask,
         Rng,
         Split,
+        Tasks,
         Weights,
     )
     from mergectl.methods._contract import Merged as MergedVectors
@@ -47,7 +49,13 @@ _HOMES = {
     "PerTask": "mergectl.methods._contract",
     "Rng": "mergectl.methods._contract",
     "Split": "mergectl.methods._contract",
+    "Tasks": "mergectl.methods._contract",
     "Weights": "mergectl.methods._contract",
+    "Part": "mergectl.benchmarks._contract",
+    "Task": "mergectl.benchmarks._contract",
+    "Template": "mergectl.benchmarks._contract",
+    "tune_few": "mergectl.benchmarks._contract",
+    "tune_share": "mergectl.benchmarks._contract",
 }
 
 __all__ = [
@@ -57,10 +65,14 @@ __all__ = [
     "MergedVectors",
     "MethodError",
     "OneOf",
+    "Part",
     "PerTask",
     "Rng",
     "Split",
+    "Task",
     "TaskVectors",
+    "Tasks",
+    "Template",
     "UserError",
     "Weights",
     "__version__",
@@ -68,6 +80,8 @@ __all__ = [
     "load_checkpoint",
     "merge_weights",
     "open_store",
+    "tune_few",
+    "tune_share",
 ]
 
 

@@ -15,6 +15,7 @@ from mergectl.lab import Lab, versions
 from mergectl.merge import MergeJob, merge
 from mergectl.publish import Target
 from mergectl.refs import ref_of
+from mergectl.supplies import supplies_of
 from mergectl.tensorfiles import SHARD_BYTES
 from mergectl.verbs import Result, merge_models
 
@@ -28,23 +29,33 @@ def show_again(lab: Lab, folder: Path, target: Target) -> None:
 
 def merge_again(lab: Lab, folder: Path, out: Path | None, *, force: bool = False) -> Result:
     """Make the merge recorded in `folder` into `out` (without one: beside it, only to compare) and compare."""
+    record = record_of(folder)
+    odd = remake(lab, record, folder, out, force=force)
+    if odd is not None:
+        raise WorkError(f"The weights made anew are not those of {folder}: {odd}.{other_versions(record)}")
+    return {"folder": str(folder), "out": None if out is None else str(out), "identical": True}
+
+
+def record_of(folder: Path) -> dict[str, Any]:
+    """The record that a merge left beside its weights."""
     if not (folder / "mergectl.json").exists():
         raise UserError(f"{folder} has no mergectl.json, so there is no record of how it was merged.")
     record = read_json(folder / "mergectl.json")
     if kind := record.get("output", {}).get("adapter"):
         raise UserError(f"{folder} is a merged adapter ({kind}). Only merged models can be made anew.")
+    return dict(record)
+
+
+def remake(lab: Lab, record: Mapping[str, Any], folder: Path, out: Path | None, *, force: bool = False) -> str | None:
+    """Merge as a record says and return what differs from the weights in `folder`; None if nothing."""
     job = job_of(record, folder)
     lab = replace(lab, seed=job.recipe.seed)
     family = open_family(job.base, job.experts, lab.find_run)
     check_inputs(record, family)
     if out is not None:
         merge_models(lab, job, out, force=force)
-        odd = difference(folder, out, record)
-    else:
-        odd = _compare(lab, job, family, folder, record)
-    if odd is not None:
-        raise WorkError(f"The weights made anew are not those of {folder}: {odd}.{_other_versions(record)}")
-    return {"folder": str(folder), "out": None if out is None else str(out), "identical": True}
+        return difference(folder, out, record)
+    return _compare(lab, job, family, folder, record)
 
 
 def _compare(lab: Lab, job: MergeJob, family: Family, folder: Path, record: Mapping[str, Any]) -> str | None:
@@ -52,8 +63,10 @@ def _compare(lab: Lab, job: MergeJob, family: Family, folder: Path, record: Mapp
     device = lab.merge_device()
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.again-", dir=folder.absolute().parent) as work:
         made = Path(work) / folder.name
+        supplies = supplies_of(lab, family, job.recipe, job.options)
         with lab.terminal.progress(f"Merging {len(family.experts)} experts by {job.recipe.method} again") as progress:
-            merge(job, family, made, facts={"versions": versions()}, force=False, progress=progress, device=device)
+            how: dict[str, Any] = {"progress": progress, "device": device, "supplies": supplies}
+            merge(job, family, made, facts={"versions": versions()}, force=False, **how)
         return difference(folder, made, record)
 
 
@@ -70,7 +83,7 @@ def job_of(record: Mapping[str, Any], folder: Path) -> MergeJob:
         return MergeJob(
             recipe_of(recipe["method"], recipe["settings"], refine, recipe["seed"]),
             tuple(zip(names, refs, strict=True)), base, output.get("dtype", "auto"), output.get("export"),
-            output.get("shard_bytes", SHARD_BYTES),
+            output.get("shard_bytes", SHARD_BYTES), output.get("options", {}),
         )  # fmt: skip
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{folder / 'mergectl.json'} is no whole record of a merge ({error!r}).") from error
@@ -106,7 +119,7 @@ def difference(old: Path, new: Path, record: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _other_versions(record: Mapping[str, Any]) -> str:
+def other_versions(record: Mapping[str, Any]) -> str:
     """The versions that differ from those of the first time."""
     then, now = record.get("versions", {}), versions()
     odd = [f"{name} {then[name]} then, {now.get(name)} now" for name in then if then[name] != now.get(name)]

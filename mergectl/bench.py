@@ -158,7 +158,7 @@ def batch_logits(
     import torch
 
     device = next(model.parameters()).device
-    with torch.inference_mode(), _autocast(device.type, dtype):
+    with torch.inference_mode(), autocast(device.type, dtype):
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in bench.batches[number].items()}
         if bench.task.kind == "text_to_text":
             return ANSWER_METRICS[answer_metric](model, batch)
@@ -173,7 +173,7 @@ def written(model: Any, bench: Bench, count: int, length: int, *, dtype: str = "
     assert isinstance(bench.preparer, AnswerPreparer)
     device, rows = next(model.parameters()).device, iter(bench.order)
     found: dict[int, tuple[str, str, str]] = {}
-    with torch.inference_mode(), _autocast(device.type, dtype):
+    with torch.inference_mode(), autocast(device.type, dtype):
         for batch in bench.batches:
             own = list(itertools.islice(rows, len(batch["input_ids"])))
             kept = [place for place, row in enumerate(own) if row < count]
@@ -197,7 +197,9 @@ def _finished(preparer: Preparer, batch: Mapping[str, torch.Tensor]) -> dict[str
     return {name: tensor for name, tensor in preparer.finish(batch).items() if name != "labels"}
 
 
-def _autocast(device: str, dtype: str) -> contextlib.AbstractContextManager[Any]:
+def autocast(device: str, dtype: str) -> contextlib.AbstractContextManager[Any]:
+    """Let a model compute in another type; its weights stay as they are."""
+    """Let a model compute in another type; its weights stay as they are."""
     import torch
 
     if dtype not in AUTOCAST:

@@ -8,7 +8,8 @@ from pathlib import Path
 from mergectl import open_clip
 from mergectl.adapters import AdapterCheckpoint
 from mergectl.errors import UserError
-from mergectl.refs import Cut, Ref, Stack
+from mergectl.refs import Cut, Ref, Reheaded, Stack
+from mergectl.reheading import HeadedModel
 from mergectl.stacking import CutTokens, Stacked
 from mergectl.weights import INDEX, PICKLED, PICKLED_INDEX, SINGLE, Checkpoint, read_json
 
@@ -69,8 +70,11 @@ def download(ref: str) -> Path:
 def open_checkpoint(ref: Ref | Path, find_run: Callable[[str], Path | None] | None = None) -> Checkpoint:
     """Open a model by folder, run id or hub id, or a file of open_clip weights.
 
-    Adapters and stacks of layers open as the full model they stand for.
+    Adapters, stacks of layers and models under another head open as the full model they stand for.
     """
+    if isinstance(ref, Reheaded):
+        lender = None if ref.base is None else open_checkpoint(ref.base, find_run)
+        return HeadedModel(ref, open_checkpoint(ref.model, find_run), lender)
     if isinstance(ref, Cut):
         return CutTokens(ref, open_checkpoint(ref.model, find_run))
     if isinstance(ref, Stack):

@@ -21,6 +21,7 @@ from mergectl.finetune_command import finetune
 from mergectl.lab import Lab
 from mergectl.options import arrange, command
 from mergectl.publish import Target
+from mergectl.report_command import report
 from mergectl.search_command import join
 
 SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
@@ -146,9 +147,7 @@ app.command("finetune", cls=Verb, short_help="Fine-tune one expert per task.")(c
 app.add_typer(merge_app, name="merge", short_help="Merge experts into one model.")
 app.command("eval", cls=Verb, short_help="Score a model on tasks.")(command(commands.evaluate))
 app.add_typer(search_app, name="search", short_help="Search a method's settings.")
-app.command("report", cls=Verb, short_help="Print the leaderboard, a run, or an answer in SQL.")(
-    command(commands.report)
-)
+app.command("report", cls=Verb, short_help="Print the leaderboard, a run, or an answer in SQL.")(command(report))
 app.command("run", cls=Verb, short_help="Run a pipeline of verbs.")(command(commands.run))
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergectl.checkpoints import Checkpoint
 from mergectl.errors import UserError
-from mergectl.preprocess import open_tokenizer
+from mergectl.tokenizer_files import open_tokenizer
 
 if TYPE_CHECKING:
     import torch

@@ -14,10 +14,36 @@ import typer
 from mergectl.errors import UserError, did_you_mean
 from mergectl.lab import Lab
 from mergectl.legacy import modern
-from mergectl.options import command, given_settings, setting_options
+from mergectl.options import (
+    adapt_options,
+    calibration_options,
+    command,
+    given_calibration,
+    given_settings,
+    setting_options,
+)
 from mergectl.publish import Target
 from mergectl.search_command import search
-from mergectl.words import Base, Batch, Dtype, Experts, Force, Limit, On, Out, Refine, Split, Storage, pairs
+from mergectl.words import (
+    Adapt,
+    AdaptOn,
+    Base,
+    Batch,
+    Depth,
+    Dtype,
+    Experts,
+    Force,
+    Head,
+    Inputs,
+    LayerMaps,
+    Layout,
+    Limit,
+    On,
+    Out,
+    Refine,
+    Split,
+    pairs,
+)
 
 if TYPE_CHECKING:
     from mergectl.layer_maps import LayerMap
@@ -66,7 +92,7 @@ def for_method(verb: str, method: str) -> tuple[Callable[..., Any], str, str]:
 
     info = describe(method)
     function = merge if verb == "merge" else search
-    options = setting_options(info.settings) if verb == "merge" else {}
+    options = calibration_options(info.supplies) | (setting_options(info.settings) if verb == "merge" else {})
 
     def run(lab: Lab, **values: Any) -> None:
         function(lab, method, **values)
@@ -90,11 +116,10 @@ def merge(
     export: Annotated[
         str | None, typer.Option("--export", help="Write one task's stand-alone classifier instead.")
     ] = None,
-    layer_map: Annotated[
-        list[str] | None,
-        typer.Option("--layer-map", help="Experts of another depth: [EXPERT=]prefix, uniform or 0:1,1:3,..."),
-    ] = None,
-    depth: Annotated[str, typer.Option("--depth", help="Layers of a mapped merge: base or expert.")] = "base",
+    layer_map: LayerMaps = None,
+    depth: Depth = "base",
+    head: Head = "small",
+    layout: Layout = "none",
     shard_size: ShardSize = None,
     push: Push = None,
     public: Public = False,
@@ -110,6 +135,8 @@ def merge(
     adapter_rank: Annotated[
         int | None, typer.Option("--adapter-rank", help="Rank of a merged LoRA adapter; default: the sum of ranks.")
     ] = None,
+    adapt_on: AdaptOn = None,
+    adapt: Adapt = None,
     force: Force = False,
     **values: Any,
 ) -> None:
@@ -117,21 +144,24 @@ def merge(
     from mergectl.adapter_merge import making
     from mergectl.families import named
     from mergectl.layer_maps import parse
+    from mergectl.layouts import laid_out
     from mergectl.merge_scores import Scoring
     from mergectl.settings import settings_of
 
     others = {"export": export, "layer-map": layer_map, "shard-size": shard_size, "dtype": dtype != "auto"}
     make = making(adapter, adapter_rank, [name for name, given in others.items() if given])
     settings = given_settings(values, settings_of(method))
-    target, layers = Target(out, force, shard_size, push, public), parse(layer_map or (), depth)
+    target, layers = Target(out, force, shard_size, push, public), parse(layer_map or (), depth, head, lab.seed)
     scoring = Scoring(tuple(tasks or ()), out_file)
-    _merge(lab, method, settings, named(experts), base, refine or [], dtype, export, target, layers, scoring, make)
+    models, options = laid_out(named(experts), layout, lab.find_run), adapt_options(method, adapt_on, adapt)
+    options |= given_calibration(values)
+    _merge(lab, method, settings, models, base, refine or [], dtype, export, target, layers, scoring, make, options)
 
 
 def _merge(
     lab: Lab, method: str, settings: Mapping[str, Any], experts: Any, base: str | None, refine: Any, dtype: str,
     export: str | None, target: Target, layers: LayerMap, scoring: Scoring | None = None,
-    make: Callable[..., Any] | None = None,
+    make: Callable[..., Any] | None = None, options: Mapping[str, Any] | None = None,
 ) -> None:  # fmt: skip
     from mergectl.layer_maps import mapped
     from mergectl.merge import DTYPES, MergeJob
@@ -145,7 +175,7 @@ def _merge(
     target.check()
     recipe, size = recipe_of(method, settings, refine, lab.seed), parse_size(target.shard_size)
     origin, models = mapped(base, tuple(experts), layers, lab.find_run)
-    job = MergeJob(recipe, models, origin, dtype, export, size)
+    job = MergeJob(recipe, models, origin, dtype, export, size, options or {})
     assert target.out is not None
     scoring = scoring or Scoring()
     scoring.check(lab)
@@ -160,6 +190,7 @@ def merge_recipe(lab: Lab, path: Path, target: Target, *, keep_seed: bool = Fals
     from mergectl.config import MergeFile, read_file
     from mergectl.families import named
     from mergectl.layer_maps import given
+    from mergectl.layouts import laid_out
     from mergectl.mergekit import is_mergekit
     from mergectl.options import with_seed
 
@@ -174,8 +205,10 @@ def merge_recipe(lab: Lab, path: Path, target: Target, *, keep_seed: bool = Fals
     if target.out is None:
         raise UserError(f"{path} names no output folder. Add 'out: FOLDER', or give -o FOLDER.")
     lab = lab if keep_seed else with_seed(lab, recipe.seed)
-    _merge(lab, recipe.method, recipe.settings, named(recipe.experts), recipe.base, recipe.refine, recipe.dtype,
-           recipe.export, target, given(recipe.layer_map, recipe.depth))  # fmt: skip
+    models = laid_out(named(recipe.experts), recipe.layout, lab.find_run)
+    _merge(lab, recipe.method, recipe.settings, models, recipe.base, recipe.refine, recipe.dtype,
+           recipe.export, target, given(recipe.layer_map, recipe.depth, recipe.head, lab.seed),
+           options=recipe.options)  # fmt: skip
 
 
 def _merge_mergekit(lab: Lab, path: Path, target: Target) -> None:
@@ -214,6 +247,10 @@ def evaluate(
     show: Annotated[
         int, typer.Option("--show", min=0, help="Text-to-text: of each task so many texts, with what the model writes.")
     ] = 0,
+    flops: Annotated[
+        bool, typer.Option("--flops", help="Count operations and parameters, measure latency and memory.")
+    ] = False,
+    inputs: Inputs = "full",
     conflict: Annotated[
         bool,
         typer.Option("--conflict", help="Measure the experts' opposite signs instead, and what each changed."),
@@ -244,41 +281,9 @@ def evaluate(
         references=references,
         answer_metric=answer_metric.replace("-", "_"),
         show=show,
+        flops=flops,
+        inputs=inputs.replace("-", "_"),
     )
-
-
-def report(
-    lab: Lab,
-    run: Annotated[str | None, typer.Argument(help="A run's id or name; default: the leaderboard.")] = None,
-    sql: Annotated[
-        str | None, typer.Option("--sql", help="Answer one SELECT over the store's tables and views.")
-    ] = None,
-    split: Split = "report",
-    suite: Annotated[str | None, typer.Option("--suite", help="Only this suite's tasks.")] = None,
-    study: Annotated[
-        str | None, typer.Option("--study", help="A search: its history, what mattered, its best.")
-    ] = None,
-    study_storage: Storage = None,
-    as_csv: Annotated[bool, typer.Option("--csv", help="Comma-separated values on stdout.")] = False,
-    as_md: Annotated[bool, typer.Option("--md", help="A Markdown table on stdout.")] = False,
-    rebuild: Annotated[bool, typer.Option("--rebuild", help="Make the database anew from the archive.")] = False,
-) -> None:
-    """Print the leaderboard, one run, one search, or the answer to any SQL question."""
-    from mergectl import report as pages
-
-    form = pages.choose_format(lab.terminal.as_json, as_csv, as_md)
-    if rebuild:
-        print(f"{lab.store.rebuild()} runs restored into {lab.store_path}")
-    elif study is not None:
-        from mergectl.study_report import show_study
-
-        show_study(lab, study, study_storage, form)
-    elif sql is not None:
-        pages.show(lab.store.query(sql), form)
-    elif run is not None:
-        pages.one_run(lab, run, form)
-    else:
-        pages.leaderboard(lab, split, suite, form)
 
 
 def run(
@@ -292,10 +297,20 @@ def run(
     smoke: Annotated[
         bool, typer.Option("--smoke", help="Try it in seconds: a tiny fresh model and sample rows, in lab/smoke.")
     ] = False,
+    again: Annotated[
+        str | None, typer.Option("--again", metavar="RUN", help="Repeat a run of the store: is the result the same?")
+    ] = None,
 ) -> None:
     """Run a pipeline of verbs; steps that the store already holds are skipped."""
     from mergectl import pipelines
 
+    if again is not None:
+        from mergectl.repeat import repeat
+
+        if pipeline is not None or show:
+            raise UserError("--again takes everything from the run. Leave out the rest.")
+        repeat(lab, again)
+        return
     if show or pipeline is None:
         pipelines.show_all()
     else:

@@ -28,13 +28,16 @@ class MergeFile(BaseModel):
     base: str | None = None
     settings: dict[str, Any] = Field(default_factory=dict)
     refine: list[str | dict[str, dict[str, Any]]] = Field(default_factory=list)
+    options: dict[str, dict[str, Any]] = Field(default_factory=dict)  # of what the lab supplies: calibration, adapt
     seed: int = Field(default=0, ge=0)
     dtype: str = "auto"
     out: str | None = None
     export: str | None = None
     shard_size: str | None = None
     layer_map: str | dict[str | int, Any] | None = None  # experts of another depth: one map, or {expert: map}
-    depth: str = "base"  # whose number of layers a mapped merge has
+    depth: str = "base"  # whose number of layers a mapped merge has: base or small
+    head: str = "small"  # of whom: the expert's own, interpolate or reference
+    layout: str = "none"  # merge-lm: `experts` names one folder that holds all
     tasks: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
 

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from mergectl.bench import Bench, bench_of, make_bench, score_model, written
 from mergectl.errors import UserError
+from mergectl.flops import costs
 from mergectl.heads import open_live, own_tasks_of
 from mergectl.live import LiveModel
+from mergectl.preprocess import with_inputs
 
 if TYPE_CHECKING:
     from mergectl.benchmarks._contract import Task, Use
@@ -70,11 +72,14 @@ def evaluate(
     seed: int = 0,
     answer_metric: str = "rank",
     show: int = 0,
+    flops: bool = False,
+    inputs: str = "full",
 ) -> Evaluation:
     """Score a model on tasks (default: those it has heads for); `heads` names an expert per task to borrow from.
 
     `answer_metric` says how text-to-text tasks choose among answers: `rank` by how likely each is, or `greedy_prob`.
-    Of each such task, `show` rows are kept with what the model writes by itself.
+    Of each such task, `show` rows are kept with what the model writes by itself. With `flops` the metrics tell what the
+    rows cost (see `mergectl.flops`). `inputs="ids_only"` gives a model token ids alone, as the alpha study did.
     """
     chosen = as_tasks(tasks if tasks is not None else own_tasks_of(model_ref), model_ref)
     check_answers(answer_metric, show, chosen)
@@ -85,9 +90,17 @@ def evaluate(
     shown: list[Written] = []
     for task in chosen:
         bench = make_bench(
-            task, live.preparer_of(task.id), split=split, data=folder, limit=limit, batch_size=batch_size, seed=seed
+            task,
+            with_inputs(live.preparer_of(task.id), inputs),
+            split=split,
+            data=folder,
+            limit=limit,
+            batch_size=batch_size,
+            seed=seed,
         )
         found[task.id] = score_model(live, bench, dtype=dtype, progress=progress, answer_metric=answer_metric)
+        if flops:
+            found[task.id] |= costs(live.use(task.id), bench)
         if show:
             shown += [Written(task.id, *row) for row in written(live.use(task.id), bench, show, LENGTH, dtype=dtype)]
     return Evaluation(

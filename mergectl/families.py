@@ -14,9 +14,8 @@ from mergectl.errors import UserError
 from mergectl.lineup import Population, headed_prefix, line_up
 from mergectl.open_clip import VisionTower
 from mergectl.refs import Ref
-from mergectl.settings import describe
+from mergectl.reheading import HeadedModel
 from mergectl.stacking import CutTokens, Stacked
-from mergectl.tied import uses
 
 __all__ = ["Family", "Population", "headed_prefix", "line_up", "named", "open_family", "short_names"]
 
@@ -45,13 +44,6 @@ class Family:
     def answering(self) -> dict[str, str]:
         """Task id -> the expert whose head answers it: of several experts for one task, the first by name."""
         return _answering(self.task_ids)
-
-    def supplies(self, method: str) -> dict[str, Any]:
-        """What the lab knows of these models and the method asks for."""
-        if "copies" not in describe(method).supplies:
-            return {}
-        view = self.population.base
-        return {"copies": uses(list(view), self.population.tied, self.base.config)}
 
 
 def named(items: Sequence[str] | Mapping[str, str]) -> tuple[tuple[str | None, str], ...]:
@@ -83,7 +75,7 @@ def open_family(
     base_ref = base_ref or _own_base(by_task)
     base = open_checkpoint(base_ref, find_run) if base_ref else opened[0][1]
     population = line_up(base, by_task)
-    stacked = {model.note(): None for model in (base, *by_task.values()) if isinstance(model, Stacked | CutTokens)}
+    stacked = {note: None for model in (base, *by_task.values()) for note in _made_of(model)}
     fused = [model.note() for model in (base, *by_task.values()) if isinstance(model, VisionTower) and model.fused]
     population = replace(population, notes=(*stacked, *fused, *population.notes))
     known = {
@@ -94,6 +86,14 @@ def open_family(
     return Family(
         base, by_task, known, population, base_ref is not None, _inputs(base if base_ref else None, by_task, known)
     )
+
+
+def _made_of(model: Checkpoint) -> Iterator[str]:
+    """What a person should know of a model that is made of others."""
+    if isinstance(model, HeadedModel):
+        yield from _made_of(model.model)
+    if isinstance(model, Stacked | CutTokens | HeadedModel):
+        yield model.note()
 
 
 def _told_apart(task: str, ids: Sequence[str], expert: Checkpoint) -> str:
@@ -151,4 +151,6 @@ def _input(role: str, task: str | None, model: Checkpoint) -> dict[str, Any]:
     row = {"role": role, "task": task, "ref": str(model.ref), "digest": model.digest}
     if isinstance(model, CutTokens):
         return row | model.cut.record()
+    if isinstance(model, HeadedModel):
+        return row | model.reheaded.record()
     return row | (model.stack.record() if isinstance(model, Stacked) else {})

@@ -33,7 +33,7 @@ def finetune(
     warmup_steps: Annotated[int | None, typer.Option(min=1, help="Steps that warm up, instead of a share.")] = None,
     scheduler: Annotated[str, typer.Option(help="linear, cosine or constant.")] = "linear",
     max_length: Annotated[
-        int | None, typer.Option(min=8, help="Longest text in tokens; default 128, for text-to-text 512.")
+        int | None, typer.Option(min=8, help="Longest text in tokens; default 128, for decoders and text-to-text 512.")
     ] = None,
     peft: Annotated[str, typer.Option(help="none, lora or ia3.")] = "none",
     rank: Annotated[int, typer.Option(min=1, help="Rank of LoRA's factors.")] = 8,
@@ -51,7 +51,7 @@ def finetune(
         float | None, typer.Option(min=0, max=1, help="Dropout of the model; default: as its configuration says.")
     ] = None,
     preset: Annotated[
-        str, typer.Option(help="Published settings: medusa, by task; your own options go before.")
+        str, typer.Option(help="Published settings by task: medusa, vision; your own options go before.")
     ] = "none",
     tiny_sample: Annotated[
         bool, typer.Option("--tiny-sample", help="With a preset: an eighth of its epochs at twice the rate.")

@@ -25,7 +25,7 @@ class FinetuneConfig:
     warmup: float = 0.06  # share of all steps
     warmup_steps: int | None = None  # their number, instead of the share
     scheduler: str = "linear"
-    max_length: int | None = None  # tokens of a text; None: 128, for text-to-text 512
+    max_length: int | None = None  # tokens of a text; None: 128, for text-to-text and decoders 512
     seed: int = 0
     peft: str = "none"
     rank: int = 8

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mergectl import clip
 from mergectl.checkpoints import Checkpoint, open_checkpoint, read_json
@@ -14,6 +14,8 @@ from mergectl.errors import UserError
 from mergectl.live import LiveModel
 from mergectl.models import Source, empty_model, fill, model_config, open_source, pick_device, preparer_for, tie
 from mergectl.naming import is_backbone, is_writer, live_tensors, match
+from mergectl.tasks import answers
+from mergectl.tokenizer_files import has_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from mergectl.benchmarks._contract import Task
 
 UNIFIED = "unified.safetensors"
+_Found = TypeVar("_Found")
 
 
 def open_live(
@@ -42,7 +45,7 @@ def open_live(
     source = replace(source, weights=weights, config=weights.config)
     config = model_config(source, tasks[0])
     lengths = {task.id: max_length or _length(source, task, heads or {}) for task in tasks}
-    own = replace(source, folder=weights.settings_folder) if isinstance(weights, clip.Completed) else source
+    own = _with_settings(source, tasks[0], heads or {})
     preparers = {length: preparer_for(own, config, tasks[0], length) for length in set(lengths.values())}
     preparer = preparers[lengths[tasks[0].id]]
     built = empty_model(config, tasks[0])
@@ -64,6 +67,16 @@ def _completed(
     return clip.completed(weights, _donors(meta, given)) if clip.is_zero_shot(weights.config) else weights
 
 
+def _with_settings(source: Source, task: Task, given: Mapping[str, str | Path | Checkpoint]) -> Source:
+    """The source with the folder that says how it reads: its own, or that of a lender where its own says nothing."""
+    if isinstance(source.weights, clip.Completed):
+        return replace(source, folder=source.weights.settings_folder)
+    if task.kind != "image_classification" and not has_tokenizer(source.folder):
+        lenders = (lender.folder for lender in _donors(source.meta, given) if has_tokenizer(lender.folder))
+        return replace(source, folder=next(lenders, source.folder))
+    return source
+
+
 def _donors(meta: Mapping[str, Any], given: Mapping[str, str | Path | Checkpoint]) -> Iterator[Checkpoint]:
     for ref in given.values():
         if (lender := open_source(ref).weights) is not None:
@@ -75,13 +88,18 @@ def _donors(meta: Mapping[str, Any], given: Mapping[str, str | Path | Checkpoint
 
 def _length(source: Source, task: Task, given: Mapping[str, str | Path | Checkpoint]) -> int | None:
     """The longest text that a task's head was trained on, where that was noted: it is scored on texts cut alike."""
-    ref = given.get(task.id, given.get(task.name))
-    info = stored_heads(source).get(task.id, stored_heads(source).get(task.name))
+    ref, info = _for(task, given), _for(task, stored_heads(source))
     noted = (
         info if ref is None and info is not None else (source if ref is None else open_source(ref)).meta.get("recipe")
     )
     length = (noted or {}).get("max_length")
     return None if length is None else int(length)
+
+
+def _for(task: Task, found: Mapping[str, _Found]) -> _Found | None:
+    """What there is for a task: under its own id or name, else for one that asks the same."""
+    exact = found.get(task.id, found.get(task.name))
+    return exact if exact is not None else next((found[head] for head in found if answers(head, task)), None)
 
 
 def _one_kind(tasks: Sequence[Task]) -> None:
@@ -104,15 +122,14 @@ def add_heads(
     """Register the head of every task in a live model; a task without one is an error that says what there is."""
     stored = stored_heads(source)
     for task in tasks:
-        ref = given.get(task.id, given.get(task.name))
-        info = stored.get(task.id, stored.get(task.name))
+        ref, info = _for(task, given), _for(task, stored)
         if task.kind == "text_to_text":
             live.add_head(task, {})  # the model answers every such task as it is
             _put_masks(live, task, info)
         elif clip.is_zero_shot(source.config) and not _brings_head(source, task, ref, info):
             live.add_head(task, {clip.HEAD: _text_tower(source, ref).head(task)})
             _put_masks(live, task, info)
-        elif ref is not None:
+        elif ref is not None and not _lends_no_head(live, source, task, open_source(ref)):
             _from_expert(live, task, open_source(ref), info)
         elif info is not None:
             _from_folder(live, task, info, source)
@@ -122,6 +139,11 @@ def add_heads(
             raise UserError(_no_head(source, task, stored))
     if source.folder is not None and (source.folder / UNIFIED).exists():
         live.keep(open_safetensors(source.folder / UNIFIED))
+
+
+def _lends_no_head(live: LiveModel, source: Source, task: Task, lender: Source) -> bool:
+    """Whether an expert for the task has its own head, and the model named beside it only lends its tokenizer."""
+    return _is_own(source, task) and not match(lender.weights or (), dict.fromkeys(live.places), live.prefix)[0]
 
 
 def _brings_head(
@@ -164,7 +186,7 @@ def own_tasks_of(model: str | Path | Checkpoint) -> list[str]:
 def _is_own(source: Source, task: Task) -> bool:
     """Whether the model is an expert for this task; one of unknown origin is taken at its word."""
     if source.trained_on is not None or source.weights is None:
-        return source.trained_on == task.id
+        return source.trained_on is not None and answers(source.trained_on, task)
     architecture = (source.config.get("architectures") or [""])[0]
     return "Classification" in architecture and not source.weights.heads and source.meta.get("kind") is None
 

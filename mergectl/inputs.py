@@ -254,6 +254,12 @@ def split_heads(base: Weights, experts: Mapping[str, Weights]) -> tuple[list[str
     return [name for name in base if _part(name) not in parts], alone, heads
 
 
+def head_names(weights: Weights) -> list[str]:
+    """Return the names that by their first part belong to a head, as `classifier` and `lm_head` do."""
+    body = _body(weights)
+    return [n for n in weights if _part(n) != body and any(word in _part(n).lower() for word in _HEAD)]
+
+
 def _part(name: str) -> str:
     """Return the first part of a name."""
     return name.split(".")[0]

@@ -14,6 +14,7 @@ from mergectl.errors import WorkError
 from mergectl.families import Family
 from mergectl.lab import Lab
 from mergectl.plan import Recipe
+from mergectl.preprocess import with_inputs
 from mergectl.pruning import Answers, Verdict, Watch
 from mergectl.recombine import Recombiner, linear_setting
 
@@ -50,21 +51,24 @@ class Judge:
         scratch: Path | None = None,
         share: float = 0.5,
         supplies: Mapping[str, Any] | None = None,
+        inputs: str = "full",
     ) -> None:
         """Take the models, the tasks, and which settings vary (None: any may); recipe's own settings are not used.
 
         `scratch` is a folder in which processes on this machine share what they merged; else it lies in memory, up to
         a share of what is free. `supplies` are what `merge_stream` takes of them.
         """
-        from mergectl.bench import make_bench
         from mergectl.heads import open_live
+        from mergectl.tasks import answers
 
         self.recipe, self.supplies, population = recipe, supplies, family.population
         heads = {task: family.experts[name] for task, name in family.answering.items()}
         self.live = open_live(family.base, tasks, heads=heads, device=lab.torch_device())
         how: dict[str, Any] = {"split": split, "data": lab.data, "limit": limit, "batch_size": batch_size}
-        self.benches = [make_bench(task, self.live.preparer_of(task.id), seed=lab.seed, **how) for task in tasks]
-        self.task_of = family.answering
+        self.benches = self._benches(tasks, inputs, seed=lab.seed, **how)
+        answering = family.answering.items()
+        self.task_of = {task.id: name for task in tasks for head, name in answering if answers(head, task)}
+        self.head = self.live.one_head(population.blended)  # what is merged of heads, to be set per candidate
         self.base = in_memory(population.base) if family.has_base else None
         self.experts = {task: in_memory(weights) for task, weights in population.experts.items()}
         by_template = [each for bench in self.benches for each in (bench, *bench.others)]
@@ -76,6 +80,11 @@ class Judge:
             None if varying is None else frozenset(varying), identity, scratch, lab, share
         )
 
+    def _benches(self, tasks: Sequence[Task], inputs: str, **how: Any) -> list[Bench]:
+        from mergectl.bench import make_bench
+
+        return [make_bench(task, with_inputs(self.live.preparer_of(task.id), inputs), **how) for task in tasks]
+
     def _recombiner(
         self, varying: frozenset[str] | None, identity: str, scratch: Path | None, lab: Lab, share: float
     ) -> Recombiner | None:
@@ -86,7 +95,7 @@ class Judge:
         if linear is None or self.base is None:
             return None
         slots, _ = match(self.base, self.live.backbone, self.live.prefix)
-        live = {name: self.live.backbone[slot] for slot, name in slots.items()}
+        live = {name: self.live.backbone[slot] for slot, name in slots.items()} | self.head
         if not live or any(not x.is_contiguous() or x.shape != self.base[name].shape for name, x in live.items()):
             return None
         spill = lab.folder if lab.folder.exists() else None
@@ -129,6 +138,8 @@ class Judge:
             if piece.masks is not None:
                 unified[piece.name], masks[piece.name] = piece.delta, piece.masks
         self.live.load_backbone(weights, partial=True)
+        for name, slot in self.head.items():
+            slot.copy_(weights[name])
         if unified:
             self._keep(unified, masks, stream.rescalers or {})
 
@@ -157,13 +168,16 @@ class Judge:
         import numpy as np
 
         answers: dict[str, list[Answers]] = {}
-        scores: dict[str, list[float]] = {}
+        metrics: dict[str, list[dict[str, float]]] = {}
         for sheet, own in zip(self.sheets, found, strict=True):
-            known, score = sheet.mark(own)
+            known, found_now = sheet.mark(own)
             answers.setdefault(sheet.bench.task.id, []).append(known)
-            scores.setdefault(sheet.bench.task.id, []).append(score)
+            metrics.setdefault(sheet.bench.task.id, []).append(found_now)
+        pooled = {task: {name: float(np.median([own[name] for own in rows])) for name in rows[0]}
+                  for task, rows in metrics.items()}  # fmt: skip
         return Verdict(
-            scores={task: float(np.median(own)) for task, own in scores.items()},
+            scores={task: pooled[task][known[0].metric] for task, known in answers.items()},
+            metrics=pooled,
             seconds=seconds,
             rows=sum(len(known.found) for own in answers.values() for known in own),
             total=sum(len(sheet.bench) for sheet in self.sheets),
@@ -186,8 +200,8 @@ class Sheet:
         order = np.asarray(self.bench.order, dtype=np.int64)
         return np.concatenate([order[b * size : (b + 1) * size] for b in self.visits])
 
-    def mark(self, found: Sequence[np.ndarray[Any, Any]]) -> tuple[Answers, float]:
-        """Put the answers to the batches so far beside the labels, and score them by the task's metric."""
+    def mark(self, found: Sequence[np.ndarray[Any, Any]]) -> tuple[Answers, dict[str, float]]:
+        """Put the answers to the batches so far beside the labels, and score them by the task's metrics."""
         import numpy as np
 
         from mergectl.benchmarks import _metrics
@@ -196,8 +210,8 @@ class Sheet:
         rows = self.asked(len(found[0]))[: len(answers)]  # the first batch visited is the first one, which is whole
         labels, task = np.asarray(self.bench.labels)[rows], self.bench.task
         place = np.argsort(rows)  # in the rows' own order, so that no digit differs from another evaluation
-        score = _metrics.scores(task, labels[place].tolist(), answers[place])[task.metric]
-        return Answers(task.metric, labels, answers, len(self.bench)), score
+        scores = _metrics.scores(task, labels[place].tolist(), answers[place])
+        return Answers(task.metric, labels, answers, len(self.bench)), scores
 
 
 def visits(batches: int) -> tuple[int, ...]:

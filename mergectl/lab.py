@@ -30,6 +30,7 @@ class Lab:
     """Where results go, where data come from, and how the command talks."""
 
     store_path: Path = Path("lab/mergectl.duckdb")
+    store_url: str | None = None  # of a server that holds the runs in place of the file; the lab is still its folder
     data: Path | None = None
     own_tasks: Path | None = None  # a recipe that declares the user's own tasks
     device: str = "auto"
@@ -48,7 +49,17 @@ class Lab:
         """The experiment store."""
         from mergectl.store import Store
 
-        return Store(self.store_path)
+        return Store(self.store_url or self.store_path)
+
+    @property
+    def store_name(self) -> str:
+        """The store as a person reads it: the file, or the server without a password."""
+        return str(self.store_path) if self.store_url is None else self.store.name
+
+    @property
+    def has_store(self) -> bool:
+        """Whether there can be runs: a server, or a file or its archive."""
+        return not self.store.places.empty()
 
     def tasks(self, words: Sequence[str]) -> list[Task]:
         """Turn task arguments into tasks, the user's own included."""
@@ -87,7 +98,7 @@ class Lab:
 
     def find_run(self, ref: str) -> Path | None:
         """The model folder that a run of this store wrote, or None if there is no such run."""
-        if not self.store_path.parent.exists():
+        if self.store_url is None and not self.store_path.parent.exists():
             return None
         run = self.store.find(ref)
         if run is None:
@@ -153,14 +164,32 @@ def versions() -> dict[str, str]:
 
 
 def environment(device: str) -> dict[str, str]:
-    """What is recorded about the machine with every run."""
+    """What is recorded about code and machine with every run."""
+    from mergectl.provenance import code_facts
+
     facts = {f"version.{name}": text for name, text in versions().items()}
-    return facts | {
-        "host": socket.gethostname(),
-        "platform": platform.platform(),
-        "processor": platform.processor() or platform.machine(),
-        "cores": str(os.cpu_count()),
-        "device": device,
-        "working_folder": str(Path.cwd()),
-        "executable": Path(sys.executable).name,
-    }
+    return (
+        facts
+        | code_facts()
+        | _computing()
+        | {
+            "host": socket.gethostname(),
+            "platform": platform.platform(),
+            "processor": platform.processor() or platform.machine(),
+            "cores": str(os.cpu_count()),
+            "device": device,
+            "working_folder": str(Path.cwd()),
+            "executable": Path(sys.executable).name,
+        }
+    )
+
+
+def _computing() -> dict[str, str]:
+    """What torch computes with, where the command has loaded it: threads, and the name of a CUDA device."""
+    torch = sys.modules.get("torch")
+    if torch is None or not hasattr(torch, "get_num_threads"):
+        return {}
+    facts = {"threads": str(torch.get_num_threads())}
+    if torch.cuda.is_available():
+        facts["cuda_device"] = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+    return facts

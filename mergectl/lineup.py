@@ -7,7 +7,6 @@ prefix (`bert.`, `vit.`, `transformer.`); everything outside it is the head, and
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -15,12 +14,13 @@ from mergectl.checkpoints import Checkpoint
 from mergectl.errors import UserError
 from mergectl.headers import FLOATING
 from mergectl.naming import OLD_SPELLINGS
+from mergectl.prefixes import DISTILLED, headed_prefix_of, prefixes
+from mergectl.reheading import HeadedModel
 from mergectl.tied import repeated
 from mergectl.views import TOKENS, Grown, Renamed, grown
 
 TEXT_SIDE = re.compile(r"(clip\.)?(text_model\.|text_projection\.|logit_scale$)")  # of CLIP
 Hidden = frozenset[str]  # names that are not lined up
-HEADED = ("Classification", "QuestionAnswering", "MultipleChoice")
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Population:
     tied: dict[str, str] = field(default_factory=dict)  # name of the base -> the merged weight that it copies
     copies: dict[str, dict[str, str]] = field(default_factory=dict)  # the same of each expert, by task
     notes: tuple[str, ...] = ()  # what a person should know, in sentences
+    blended: tuple[str, ...] = ()  # merged names that are heads: what comes of them answers every task
 
 
 def line_up(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> Population:
@@ -46,6 +47,7 @@ def line_up(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> Population:
     views, heads = {}, {}
     for task, expert in experts.items():
         views[task], heads[task] = _pair(base, strip, expert, hidden)
+    blended = _blended(base, strip, experts, views, heads)
     shared = _shared_names(base, strip, views, hidden)
     merged = {name: own for name, own in shared.items() if base.dtype(own) in FLOATING}
     _same_kinds(base, shared, experts, views)
@@ -59,17 +61,43 @@ def line_up(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> Population:
     tied = _copies(base, [n for n in carried if n not in shared.values()], ours)
     notes = [*_grown_notes(ours, by_task), *_whole_notes(base, shared, experts, views)]
     copies = {task: _copies(expert, heads[task], by_task[task]) for task, expert in experts.items()}
-    own_heads = {task: tuple(name for name in names if name not in copies[task]) for task, names in heads.items()}
+    own_heads = {
+        task: tuple(name for name in names if name not in copies[task] and not DISTILLED.search(name))
+        for task, names in heads.items()
+    }
     notes += [f"'{n}' of '{task}' only repeats '{of}': left out." for task in copies for n, of in copies[task].items()]
     notes += [f"'{n}' of the base repeats '{of}' and goes on to, as it is merged." for n, of in tied.items()]
     if hidden:
         notes.append("The text tower makes the heads of a CLIP model. No expert changes it: kept from the base.")
+    notes += _distilled_notes(heads)
     if lone := [n for n in carried if n not in shared.values() and n not in tied and n not in hidden]:
         notes.append(f"No expert has {_some(lone)}: kept from the base.")
     tied |= {shared[name]: of for name, of in twice.items()}
     copies = {task: found | {views[task][name]: of for name, of in twice.items()} for task, found in copies.items()}
     rest = tuple(name for name in carried if name not in tied)
-    return Population(ours, by_task, own_heads, rest, tied, copies, tuple(notes))
+    return Population(ours, by_task, own_heads, rest, tied, copies, tuple(notes), blended)
+
+
+def _blended(
+    base: Checkpoint,
+    strip: str,
+    experts: Mapping[str, Checkpoint],
+    views: dict[str, dict[str, str]],
+    heads: dict[str, tuple[str, ...]],
+) -> tuple[str, ...]:
+    """Count the heads of experts that ask for it among the weights to merge; return their names."""
+    asking = [task for task, expert in experts.items() if isinstance(expert, HeadedModel) and expert.blends]
+    own = [name for name in base.names if strip and not name.startswith(strip)]
+    for task in asking:
+        found = [name for name in own if name in heads[task]]
+        if not found:
+            raise UserError(
+                f"A head is interpolated where both models have one, but {base.ref} and expert '{task}' have no head "
+                "weight in common. Keep the expert's: --head small"
+            )
+        views[task] |= {name: name for name in found}
+        heads[task] = tuple(name for name in heads[task] if name not in found)
+    return tuple(name for name in own if any(name in views[task] for task in asking))
 
 
 def _frozen_texts(base: Checkpoint, experts: Sequence[Checkpoint]) -> Hidden:
@@ -179,6 +207,12 @@ def _whole_notes(
             yield f"Whole numbers of '{task}' differ from the base's, which are kept: {_some(other)}."
 
 
+def _distilled_notes(heads: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    for task, names in heads.items():
+        if odd := [name for name in names if DISTILLED.search(name)]:
+            yield f"'{task}' holds projections of its distillation, {_some(odd)}: left out."
+
+
 def _copies(model: Checkpoint, names: Sequence[str], merged: Renamed) -> dict[str, str]:
     """Those of the names that only repeat a merged weight, as tied embeddings do; with that weight's name."""
     import torch
@@ -205,14 +239,14 @@ def _own_prefix(base: Checkpoint, experts: Sequence[Checkpoint], hidden: Hidden)
         counts = [len(_nearest(base, strip, expert, hidden)) for expert in experts]
         return min(counts), sum(counts)
 
-    return max(_prefixes([name for name in base.names if name not in hidden]), key=shared)
+    return max(prefixes([name for name in base.names if name not in hidden]), key=shared)
 
 
 def _nearest(base: Checkpoint, strip: str, expert: Checkpoint, hidden: Hidden) -> dict[str, str]:
     """Common name -> expert's name, by that prefix of the expert's names which gives most of them."""
     fixed = headed_prefix(expert)
     names = [name for name in expert.names if name not in hidden]
-    choices = [fixed] if fixed else sorted(_prefixes(names), key=lambda prefix: prefix != strip)
+    choices = [fixed] if fixed else sorted(prefixes(names), key=lambda prefix: prefix != strip)
     return max((_common(base, strip, expert, prefix, hidden) for prefix in choices), key=len)
 
 
@@ -232,7 +266,7 @@ def _pair(base: Checkpoint, strip: str, expert: Checkpoint, hidden: Hidden) -> t
         if extra := next((n for n in names if "#" in _shape_of_name(n) and _shape_of_name(n) in repeated), None):
             raise UserError(
                 f"{more.ref} has '{extra}', which {less.ref} has in its other layers only. "
-                "Experts must be fine-tuned copies of the base."
+                "Experts must be fine-tuned copies of the base. Those of another depth need a map: --layer-map prefix"
             )
     return common, head
 
@@ -259,15 +293,6 @@ def _common_names(checkpoint: Checkpoint, prefix: str, hidden: Hidden) -> dict[s
     return found
 
 
-def _prefixes(names: Sequence[str]) -> list[str]:
-    """No prefix, and every first component that holds more than half of the names."""
-    counts = Counter(name.split(".", 1)[0] for name in names if "." in name)
-    return ["", *(f"{word}." for word, n in counts.items() if 2 * n > len(names))]
-
-
 def headed_prefix(checkpoint: Checkpoint) -> str:
     """The backbone's prefix in a model saved with a task head, or '' when it has none."""
-    classes = checkpoint.config.get("architectures") or [""]
-    if not any(word in classes[0] for word in HEADED):
-        return ""
-    return _prefixes(checkpoint.names)[-1]
+    return headed_prefix_of(checkpoint.config, checkpoint.names)

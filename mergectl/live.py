@@ -61,6 +61,11 @@ class LiveModel:
         """The tasks that have a head here."""
         return list(self._heads)
 
+    @property
+    def places(self) -> tuple[str, ...]:
+        """The names of what a head consists of."""
+        return tuple(self._places)
+
     def preparer_of(self, task: str) -> Preparer:
         """What makes a task's rows ready for the model."""
         return self.preparers.get(task, self.preparer)
@@ -120,6 +125,14 @@ class LiveModel:
             parameters[slot] = torch.nn.Parameter(tensor, requires_grad=False)
         self._heads[task.id] = Head(task, parameters, label_order(labels, task))
         self._masked_for = None
+
+    def one_head(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """From now on all tasks share one head for these weights; return it, to be changed in place."""
+        found, _ = match(names, self._places, self.prefix)
+        shared = {slot: next(head.weights[slot] for head in self._heads.values()) for slot in found}
+        for task, head in self._heads.items():
+            self._heads[task] = replace(head, weights={**head.weights, **shared})
+        return {name: shared[slot].detach() for slot, name in found.items()}
 
     def set_masks(self, task: str, masks: Mapping[str, torch.Tensor], rescaler: float = 1.0) -> None:
         """Say which part of the unified task vector a task keeps; True is kept."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,13 +48,14 @@ class MergeJob:
     dtype: str = "auto"
     export: str | None = None  # write one task's dense stand-alone checkpoint instead of the shared model
     shard_bytes: int = SHARD_BYTES  # a model file grows no larger than this
+    options: Mapping[str, Any] = field(default_factory=dict)  # for what the lab supplies to the method, by name
 
 
 def merge(
     job: MergeJob, family: Family, out: Path, *, facts: Mapping[str, Any], force: bool, progress: Progress,
-    device: str = "cpu",
+    device: str = "cpu", supplies: Mapping[str, Any] | None = None,
 ) -> str:  # fmt: skip
-    """Merge `family` as `job` says into the folder `out`; return the digest of the result."""
+    """Merge `family` as `job` says, with what the lab supplies, into the folder `out`; return the result's digest."""
     from mergectl.merging import merge_stream
     from mergectl.records import write_records
     from mergectl.writing import Form, write_one_task, write_shared
@@ -64,18 +65,19 @@ def merge(
         raise UserError(f"--export {job.export}: the experts are {', '.join(family.experts)}.")
     base = family.population.base if family.has_base else None
     form = Form(out_dtype(job.dtype, family), job.dtype != "auto", job.shard_bytes)
-    supplies = family.supplies(job.recipe.method)
     stream = merge_stream(job.recipe, base, family.population.experts, supplies=supplies, device=device)
     with artefacts.new_folder(out, force=force) as folder:
-        if job.export is None:
-            write_shared(family, stream, folder, form, progress)
-        else:
-            write_one_task(job.export, family, stream, folder, form, progress)
+        with artefacts.saving(folder):
+            if job.export is None:
+                write_shared(family, stream, folder, form, progress)
+            else:
+                write_one_task(job.export, family, stream, folder, form, progress)
         with ThreadPoolExecutor(1) as disk:  # the disk takes the weights while their digest is computed
             saved = disk.submit(artefacts.sync_all, folder)
             digest = Checkpoint(folder, str(out)).digest
             saved.result()
-        output = {"dtype": job.dtype, "export": job.export, "shard_bytes": job.shard_bytes, "digest": digest}
+        output: dict[str, Any] = {"dtype": job.dtype, "export": job.export, "shard_bytes": job.shard_bytes}
+        output |= {"digest": digest, "options": dict(job.options)}
         write_records(described(job.recipe), output, family, folder, facts)
     return digest
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from mergectl.aligned import aligned
 from mergectl.errors import UserError, did_you_mean
 from mergectl.inputs import Subset, Weights, split_heads
 from mergectl.methods._contract import MergeWarning
@@ -27,15 +28,22 @@ def merge_weights(
     seed: int = 0,
     refine: Refinements = (),
     supplies: Mapping[str, Any] | None = None,
+    layer_map: Any = None,
+    depth: str = "base",
+    head: str | None = None,
     **settings: Any,
 ) -> Merged:
     """Merge experts (task -> weights) of one base; heads that differ in shape stay with their tasks.
 
+    Experts of another depth need a `layer_map`: `prefix`, `uniform`, {layer of the expert: layer of the base}, or one
+    of these per task; the result has the `depth` of the base or of the `small` models. `head` is `small` (each
+    expert's own, as under a layer map), `interpolate` (merged with the base's) or `reference` (drawn by `seed`).
     Settings are one value each, or {pattern of weight names: value}, or where a method allows it one per task, as a
     sequence or {task: value}. Tied weights given under several names are merged, and counted, once.
     """
     if not experts:
         raise UserError("There is no expert to merge. Give at least one.")
+    base, experts, own = aligned(base, experts, layer_map, depth, head, seed)
     names: Weights = base if base is not None else next(iter(experts.values()))
     shared, alone, heads = split_heads(names, experts)
     supplies, tied = dict(supplies or {}), repeated([Subset(model, shared) for model in (names, *experts.values())])
@@ -50,7 +58,7 @@ def merge_weights(
     )
     result = Merged({task: Subset(experts[task], heads[task]) for task in experts})
     result.fill(stream, names, tied)
-    result.carry(Subset(names, alone))
+    result.carry({**Subset(names, alone), **own})
     return result
 
 

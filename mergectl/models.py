@@ -13,6 +13,7 @@ from mergectl.checkpoints import INDEX as SHARDED
 from mergectl.checkpoints import PICKLED, PICKLED_INDEX, Checkpoint, find_folder, open_checkpoint, read_json
 from mergectl.checkpoints import SINGLE as WHOLE
 from mergectl.clip import HEAD, TextTower, is_zero_shot
+from mergectl.decoders import answer_at_last_token
 from mergectl.errors import UserError
 from mergectl.naming import is_backbone, is_writer, live_tensors, match
 from mergectl.preprocess import Preparer, image_preparer, text_preparer
@@ -135,7 +136,7 @@ def unfilled(config: Any, task: Task) -> Any:
         from mergectl.clip_model import ClipClassifier
 
         return ClipClassifier._from_config(config, dtype=torch.float32)
-    return auto_class(task).from_config(config, dtype=torch.float32)
+    return answer_at_last_token(auto_class(task).from_config(config, dtype=torch.float32))
 
 
 def auto_class(task: Task) -> Any:

@@ -168,6 +168,16 @@ def opened(path: Path, ref: str) -> VisionTower:
     return tower
 
 
+def layout(model: Checkpoint) -> str | None:
+    """How the vision tower of a CLIP model holds query, key and value on disk: fused or split; None for others.
+
+    They are merged as three matrices, so low ranks and masks are not those of methods that work on the fused one.
+    """
+    if isinstance(model, VisionTower):
+        return "fused" if model.fused else "split"
+    return "split" if model.config.get("model_type") in ("clip", "clip_vision_model") else None
+
+
 def is_bare(model: Checkpoint) -> bool:
     """Whether a folder holds a CLIPVisionModel without `vision_model.` before its names."""
     return model.config.get("model_type") == "clip_vision_model" and BARE in model

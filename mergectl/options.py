@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mergectl.errors import UserError
 from mergectl.lab import Lab
 from mergectl.terminal import Terminal
 
@@ -19,16 +20,17 @@ if TYPE_CHECKING:
     from mergectl.settings import Setting
 
 ALWAYS = "Always there"
-SPREAD = ("--experts", "--on", "--heads", "--against", "--eval")  # `--on A B` means `--on A --on B`
+SPREAD = ("--experts", "--on", "--heads", "--against", "--eval", "--compare")  # `--on A B` means `--on A --on B`
 GLOBAL_FLAGS = ("--json", "--quiet", "-q", "--debug")
 GLOBAL_VALUES = ("--store", "--data", "--tasks", "--seed", "--device", "--threads")
 
 Store = Annotated[
-    Path,
+    str,
     typer.Option(
-        "--store", envvar="MERGECTL_STORE", help="The DuckDB store; the lab is its folder.", rich_help_panel=ALWAYS
+        "--store", envvar="MERGECTL_STORE", metavar="PLACE", rich_help_panel=ALWAYS,
+        help="The DuckDB store, whose folder is the lab; or postgresql://user@host/database.",
     ),
-]
+]  # fmt: skip
 Data = Annotated[
     Path | None,
     typer.Option(
@@ -54,7 +56,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but erro
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=ALWAYS)]
 
 COMMON: dict[str, tuple[Any, Any]] = {
-    "store": (Store, Path("lab/mergectl.duckdb")),
+    "store": (Store, "lab/mergectl.duckdb"),
     "data": (Data, None),
     "own_tasks": (Tasks, None),
     "seed": (Seed, 0),
@@ -90,8 +92,9 @@ def command(function: Callable[..., Any], extra: Mapping[str, tuple[Any, Any]] |
 
 
 def _lab(common: Mapping[str, Any]) -> Lab:
+    place = {"store_url": common["store"]} if "://" in common["store"] else {"store_path": Path(common["store"])}
     return Lab(
-        store_path=common["store"],
+        **place,
         data=common["data"],
         own_tasks=common["own_tasks"],
         device=common["device"],
@@ -107,21 +110,41 @@ def setting_options(settings: Mapping[str, Setting]) -> dict[str, tuple[Any, Any
     return {f"set_{name}": (_option(setting), None) for name, setting in settings.items()}
 
 
-def _option(setting: Setting) -> Any:
+def calibration_options(supplies: Collection[str]) -> dict[str, tuple[Any, Any]]:
+    """The options of calibration; those that only a refinement can make use of are not in the help."""
+    from mergectl.calibration_options import every, for_supplies
+
+    shown = for_supplies(supplies)
+    return {
+        f"set_{name}": (_option(setting, "Calibration", hidden=name not in shown), None)
+        for name, setting in every().items()
+    }
+
+
+def given_calibration(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of calibration that the user typed, for the lab's supplies."""
+    from mergectl.calibration_options import every
+
+    given = given_settings(values, every())
+    return {"calibration": given} if given else {}
+
+
+def _option(setting: Setting, panel: str = "Settings", *, hidden: bool = False) -> Any:
     flag = "--" + setting.name.replace("_", "-")
     option = typer.Option(
         flag,
         help=f"{setting.help} {_range(setting)}",
         metavar=metavar(setting),
-        rich_help_panel="Settings",
+        rich_help_panel=panel,
         show_default=False,
+        hidden=hidden,
     )
     return Annotated[list[str] | None, option]
 
 
 def metavar(setting: Setting) -> str:
     """What stands after the option's name: NUMBER, WHOLE, YES/NO or the words."""
-    return {"float": "NUMBER", "int": "WHOLE", "bool": "true|false"}.get(setting.type) or "|".join(
+    return {"float": "NUMBER", "int": "WHOLE", "bool": "true|false", "tasks": "TASKS"}.get(setting.type) or "|".join(
         map(str, setting.words)
     )
 
@@ -137,7 +160,7 @@ def _range(setting: Setting) -> str:
     default = str(setting.default)
     if setting.default is not None:  # else the help says what happens
         parts.append(f"default {default.lower() if isinstance(setting.default, bool) else default}")
-    return f"({'; '.join(parts)})"
+    return f"({'; '.join(parts)})" if parts else ""
 
 
 def given_settings(values: Mapping[str, Any], settings: Mapping[str, Setting]) -> dict[str, Any]:
@@ -189,3 +212,14 @@ def _front(args: list[str]) -> tuple[list[str], list[str]]:
 def with_seed(lab: Lab, seed: int | None) -> Lab:
     """The same lab with the seed that a recipe names, where the command line names none."""
     return lab if seed is None else replace(lab, seed=seed)
+
+
+def adapt_options(method: str, on: str | None, items: Sequence[str] | None) -> dict[str, Any]:
+    """What `--adapt-on` and `--adapt` say, for the lab's supplies; refused where the method learns nothing."""
+    from mergectl.settings import describe
+    from mergectl.words import pairs
+
+    given: dict[str, Any] = pairs("--adapt", items) | ({} if on is None else {"on": on})
+    if given and "entropy" not in describe(method).supplies:
+        raise UserError(f"'{method}' does not adapt to unlabelled rows. Leave out --adapt-on and --adapt.")
+    return {"adapt": given} if given else {}

@@ -154,9 +154,12 @@ def _pairs(part: Any) -> list[tuple[str, Mapping[str, Any]]]:
 
 def _parse_text(text: str) -> tuple[str, Mapping[str, Any]]:
     name, _, rest = text.partition(":")
-    given = {}
+    given: dict[str, str] = {}
     for part in rest.split(",") if rest else []:
         key, sign, value = part.partition("=")
+        if not sign and given:  # another number, or task, of the setting before
+            given[[*given][-1]] += f",{part}"
+            continue
         if not sign:
             raise UserError(f"Cannot read the refinement '{text}'. Write it as {name}:setting=value,setting=value.")
         given[key.strip()] = value

@@ -54,6 +54,11 @@ def load(kind: str, name: str) -> ModuleType:
         return _import(plugin)
 
 
+def foreign(kind: str) -> list[Plugin]:
+    """List the plugins that are not our own, nothing imported."""
+    return [plugin for plugin in _found(kind) if plugin.path is not None or plugin.entry is not None]
+
+
 def problems(kind: str) -> list[str]:
     """Say in one sentence each which files are broken, and which are hidden by another of the same name."""
     sentences, first = [], dict[str, Plugin]()

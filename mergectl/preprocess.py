@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from mergectl import decoders
 from mergectl.checkpoints import read_json
-from mergectl.errors import UserError
+from mergectl.errors import UserError, did_you_mean
+from mergectl.tokenizer_files import open_tokenizer, save_tokenizer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,6 +55,7 @@ class TextPreparer:
     max_length: int
     pad: int
     segments: bool  # the model reads `token_type_ids`
+    ids_only: bool = False  # token ids alone, padded to `max_length`: padding is read, pairs are not told apart
 
     def prepare(self, task: Task, columns: Mapping[str, Sequence[Any]]) -> list[Example]:
         """Tokenise all rows at once."""
@@ -76,7 +79,8 @@ class TextPreparer:
         import numpy as np
 
         lengths = np.array([max(len(e["input_ids"]), 1) for e in examples])
-        mask = np.arange(lengths.max())[None, :] < lengths[:, None]
+        width = self.max_length if self.ids_only else lengths.max()
+        mask = np.arange(width)[None, :] < lengths[:, None]
         batch = {"input_ids": np.full(mask.shape, self.pad), "attention_mask": mask.astype(np.int64)}
         if self.segments:
             batch["token_type_ids"] = np.zeros(mask.shape, np.int64)
@@ -84,6 +88,8 @@ class TextPreparer:
             for name in batch.keys() - {"attention_mask"}:
                 values = example[name]
                 batch[name][row, : len(values)] = values
+        if self.ids_only:
+            batch = {"input_ids": batch["input_ids"]}
         return _with_labels(batch, examples)
 
     def stack(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
@@ -97,6 +103,25 @@ class TextPreparer:
     def save(self, folder: Path) -> None:
         """Save the tokenizer, without the cut-off that training had set on it."""
         save_tokenizer(self.tokenizer, folder)
+
+
+INPUTS = ("full", "ids_only")
+
+
+def check_inputs(inputs: str) -> None:
+    """Refuse a word for what models read that is none."""
+    if inputs not in INPUTS:
+        raise UserError(f"--inputs must be {' or '.join(INPUTS)}, got '{inputs}'.{did_you_mean(inputs, INPUTS)}")
+
+
+def with_inputs(preparer: Preparer, inputs: str) -> Preparer:
+    """A preparer that gives a model all it reads, or token ids alone, as the alpha study's search did."""
+    check_inputs(inputs)
+    if inputs == "full":
+        return preparer
+    if not isinstance(preparer, TextPreparer):
+        raise UserError("--inputs ids_only is for texts that are answered with a label.")
+    return replace(preparer, ids_only=True)
 
 
 @dataclass(frozen=True)
@@ -235,32 +260,15 @@ def text_preparer(folder: Path | None, ref: str, config: Any, max_length: int | 
     config.pad_token_id = tokenizer.pad_token_id
     offset = tokenizer.pad_token_id + 1 if "roberta" in config.model_type else 0  # RoBERTa's positions start after it
     limit = (getattr(config, "max_position_embeddings", None) or 10**9) - offset
-    length = min(max_length or MAX_LENGTH, limit, tokenizer.model_max_length)
+    decoder = decoders.is_decoder(config)
+    if decoder:  # its positions count from the left, also for those who use the saved tokenizer
+        tokenizer.padding_side = "right"
+    usual = decoders.USUAL_LENGTH if decoder else MAX_LENGTH
+    length = min(max_length or usual, limit, tokenizer.model_max_length)
     if length < 4:
         raise UserError(f"{ref} reads at most {length} tokens, too few for a text.")
     segments = "token_type_ids" in tokenizer.model_input_names and (getattr(config, "type_vocab_size", 0) or 0) > 1
     return TextPreparer(tokenizer, length, tokenizer.pad_token_id, segments)
-
-
-def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Save a tokenizer without the cut-off and the padding that its last use had set on it."""
-    tokenizer.backend_tokenizer.no_truncation()
-    tokenizer.backend_tokenizer.no_padding()
-    tokenizer.save_pretrained(folder)
-
-
-def open_tokenizer(folder: Path | None, ref: str) -> Any:
-    """Open the tokenizer of a model folder; a folder without one, or with a broken one, is an error that says so."""
-    from transformers import AutoTokenizer
-
-    needed = "Put tokenizer.json and tokenizer_config.json into the model's folder."
-    files = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
-    if folder is None or not any((folder / name).exists() for name in files):
-        raise UserError(f"{ref} has no tokenizer, and the task is made of texts. {needed}")
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # the library raises anything for a broken file, Rust errors included
-        raise UserError(f"{ref}: its tokenizer cannot be read ({error}). {needed}") from error
 
 
 def image_preparer(folder: Path | None, ref: str, config: Any) -> ImagePreparer:

@@ -7,7 +7,7 @@ from typing import Any
 
 from mergectl.errors import UserError
 
-PRESETS = ("none", "medusa")
+PRESETS = ("none", "medusa", "vision")
 EXTRAS = ("preset", "smaller_batch", "tiny_sample")  # they decide settings of a fine-tuning, and are none themselves
 LAYERS_OF_LARGE = 24  # T5-base has 12
 
@@ -24,6 +24,16 @@ USUAL = 256
 SHARED = {"scheduler": "constant", "warmup": 0.0, "weight_decay": 0.0, "max_grad_norm": 0.0, "model_dropout": 0.0}
 OF_ADAPTERS = {"lr": 1e-4, "rank": 16, "alpha": 16.0, "dropout": 0.1}
 TINY_LR, TINY_SHARE = 6e-4, 8
+
+# CLIP's vision tower as the task arithmetic and PCB studies train it; other data sets by the number of steps they name.
+IMAGES = {
+    "lr": 1e-5, "weight_decay": 0.1, "scheduler": "cosine", "warmup_steps": 500, "batch_size": 128,
+    "max_grad_norm": 1.0,
+}  # fmt: skip
+IMAGE_EPOCHS = {
+    "cars": 35, "dtd": 76, "eurosat": 12, "gtsrb": 11, "mnist": 5, "resisc45": 15, "sun397": 14, "svhn": 4,
+}  # fmt: skip
+IMAGE_STEPS = 2000
 
 
 def plain(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,8 +54,29 @@ def settled(task: str, model: Mapping[str, Any], options: Mapping[str, Any]) -> 
     tiny = bool(options.get("tiny_sample"))
     if preset == "none" and tiny:
         raise UserError("tiny_sample shortens the trainings of a preset. Name one: --preset medusa")
-    found = given if preset == "none" else _medusa(task, model, given, tiny=tiny) | given
+    if preset == "vision" and tiny:
+        raise UserError("tiny_sample shortens the trainings of the preset medusa, not those of vision.")
+    if preset != "none":  # null in a pipeline: as the preset says
+        given = {name: value for name, value in given.items() if value is not None}
+    found = given if preset == "none" else _published(preset, task, model, given, tiny=tiny) | given
     return _cut(found, options.get("smaller_batch") or 1)
+
+
+def _published(
+    preset: str, task: str, model: Mapping[str, Any], given: Mapping[str, Any], *, tiny: bool
+) -> dict[str, Any]:
+    """What a preset says of a task."""
+    return _medusa(task, model, given, tiny=tiny) if preset == "medusa" else _vision(task, model, given)
+
+
+def _vision(task: str, model: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the vision studies do."""
+    if "vision_config" not in model and "image_size" not in model:
+        raise UserError(f"The preset vision is for models that read images, and {task} is trained from another.")
+    epochs = IMAGE_EPOCHS.get(task.rsplit("/", 1)[-1])
+    if "epochs" in given or "max_steps" in given:
+        return dict(IMAGES)
+    return IMAGES | ({"max_steps": IMAGE_STEPS} if epochs is None else {"epochs": epochs})
 
 
 def _medusa(task: str, model: Mapping[str, Any], given: Mapping[str, Any], *, tiny: bool) -> dict[str, Any]:

@@ -53,6 +53,7 @@ class Verdict:
     total: int = 0  # that a full evaluation has
     looks: int = 1  # how often in all a watch may stop it
     pruned: bool = False
+    metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # all that each task records, by its name
     size: float | None = None  # bytes of the weights that the merge changed, where a search asks for them
     answers: Mapping[str, Answers] = field(default_factory=dict, repr=False)
 

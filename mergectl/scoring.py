@@ -18,18 +18,24 @@ if TYPE_CHECKING:
     from mergectl.evaluate import Written
     from mergectl.tuning import SearchJob
 
+COSTS = (
+    "flops_reference", "flops_full", "flops_reference_run", "flops_full_run", "parameters", "measured_latency_ms",
+    "measured_peak_memory_mb",
+)  # fmt: skip
 COLUMNS = ("task", "score", "of expert", "base to expert", "examples", "seconds")
 
 
 def score(
     lab: Lab, model: str, words: Sequence[str], heads: Sequence[tuple[str | None, str]], *,
-    references: bool, show: int, **how: Any,
+    references: bool, show: int, flops: bool = False, **how: Any,
 ) -> None:  # fmt: skip
     """Evaluate a model and print its scores, normalised where experts and base are scored too."""
     if references:
         _score_references(lab, model, words, **how)
-    result = evaluate_model(lab, model, words, heads=heads, show=show, **how)
-    show_run(lab, result["run"], result["evaluation"].written)
+    result = evaluate_model(lab, model, words, heads=heads, show=show, flops=flops, **how)
+    found = result["evaluation"]
+    costs = {task: {name: metrics[name] for name in COSTS} for task, metrics in found.metrics.items()} if flops else {}
+    show_run(lab, result["run"], found.written, costs)
 
 
 def _score_references(lab: Lab, model: str, words: Sequence[str], **how: Any) -> None:
@@ -48,14 +54,18 @@ def _score_references(lab: Lab, model: str, words: Sequence[str], **how: Any) ->
         evaluate_references(lab, open_family(base, experts, lab.find_run), words, **how)
 
 
-def show_run(lab: Lab, run_id: str, written: Sequence[Written] = ()) -> None:
+def show_run(
+    lab: Lab, run_id: str, written: Sequence[Written] = (), costs: Mapping[str, Mapping[str, float]] | None = None
+) -> None:
     """Print the scores of an evaluation run from the store, with what they mean beside expert and base."""
     table = lab.store.query(
-        "SELECT l.task, l.score, l.relative_to_expert, l.normalised, e.value AS examples, s.value AS seconds "
+        "SELECT task, score, relative_to_expert, normalised, examples, seconds FROM ("
+        "SELECT l.task, l.score, l.relative_to_expert, l.normalised, e.value AS examples, s.value AS seconds, "
+        "row_number() OVER (PARTITION BY l.task ORDER BY l.normalised IS NULL, l.relative_to_expert IS NULL, l.kind, "
+        "l.run_id) AS place "
         "FROM leaderboard l JOIN metrics e ON e.run_id = l.eval_run AND e.task = l.task AND e.name = 'examples' "
         "JOIN metrics s ON s.run_id = l.eval_run AND s.task = l.task AND s.name = 'seconds' "
-        "WHERE l.eval_run = ? QUALIFY row_number() OVER (PARTITION BY l.task ORDER BY l.normalised IS NULL, "
-        "l.relative_to_expert IS NULL, l.kind, l.run_id) = 1 ORDER BY l.task",  # one model may have several origins
+        "WHERE l.eval_run = ?) ranked WHERE place = 1 ORDER BY task",  # one model may have several origins
         [run_id],
     )
     rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
@@ -63,10 +73,15 @@ def show_run(lab: Lab, run_id: str, written: Sequence[Written] = ()) -> None:
     document: dict[str, Any] = {"run": run_id, "mean": mean, "tasks": rows}
     if written:
         document["written"] = [asdict(row) for row in written]
-    lab.terminal.give(document, lambda: _print(rows, mean, run_id, written))
+    if costs:
+        document["costs"] = costs
+    lab.terminal.give(document, lambda: _print(rows, mean, run_id, written, costs or {}))
 
 
-def _print(rows: Sequence[dict[str, Any]], mean: float, run_id: str, written: Sequence[Written]) -> None:
+def _print(
+    rows: Sequence[dict[str, Any]], mean: float, run_id: str, written: Sequence[Written],
+    costs: Mapping[str, Mapping[str, float]],
+) -> None:  # fmt: skip
     shown: list[tuple[Any, ...]] = [
         (
             r["task"],
@@ -85,6 +100,18 @@ def _print(rows: Sequence[dict[str, Any]], mean: float, run_id: str, written: Se
     if written:
         texts = [(row.task, row.text, row.written, row.right) for row in written]
         print_table("What the model writes", ("task", "text", "written", "right answer"), texts, left=4)
+    _print_costs(costs)
+
+
+def _print_costs(costs: Mapping[str, Mapping[str, float]]) -> None:
+    """The operations of each task, and what was measured."""
+    if not costs:
+        return
+    rows = [
+        (task, *(f"{found[name]:,.0f}" for name in COSTS[:5]), *(f"{found[name]:.1f}" for name in COSTS[5:]))
+        for task, found in costs.items()
+    ]
+    print_table("Costs; _run: at the lengths to which batches were padded", ("task", *COSTS), rows)
 
 
 def _percent(value: float | None) -> str | None:

@@ -174,7 +174,7 @@ def read_back(trial: Any, plan: Plan, *, again: bool = False) -> tuple[Trial, Ve
         return Trial(candidate, settings, float("-inf"), again, refused=facts["refused"]), None
     pruned = trial.state == TrialState.PRUNED
     counts = {"rows": facts.get("rows", 0), "total": facts.get("total", 0)}
-    verdict = Verdict(facts["scores"], facts["seconds"], pruned=pruned, **counts)
+    verdict = Verdict(facts["scores"], facts["seconds"], pruned=pruned, metrics=facts.get("metrics", {}), **counts)
     return Trial(candidate, settings, verdict.mean, again, tuple(trial.values or ()), pruned=pruned), verdict
 
 

@@ -9,7 +9,27 @@ import typer
 
 from mergectl.errors import UserError
 from mergectl.lab import Lab
-from mergectl.words import Base, Batch, Dtype, Experts, Force, Limit, On, Out, Refine, Split, Storage, pairs
+from mergectl.words import (
+    Adapt,
+    AdaptOn,
+    Base,
+    Batch,
+    Depth,
+    Dtype,
+    Experts,
+    Force,
+    Head,
+    Inputs,
+    LayerMaps,
+    Layout,
+    Limit,
+    On,
+    Out,
+    Refine,
+    Split,
+    Storage,
+    pairs,
+)
 
 Sampler = Annotated[str, typer.Option("--sampler", help="random, qmc, grid, tpe, gp, cmaes, cobyla, nsga2 or nsga3.")]
 Trials = Annotated[int, typer.Option("--trials", min=1, help="How many candidates to evaluate in all.")]
@@ -51,6 +71,9 @@ Prune = Annotated[
         help="Stop candidates that fall behind; CHANCE to stop one as good as the best, e.g. 0.05. Default: never.",
     ),
 ]  # fmt: skip
+Endpoints = Annotated[
+    bool, typer.Option("--include-endpoints", help="With random and qmc: begin with the low and the high ends.")
+]
 Study = Annotated[str | None, typer.Option("--study", help="Name of the study; default: made from the question.")]
 
 
@@ -80,26 +103,45 @@ def search(
     study_storage: Storage = None,
     prune: Prune = None,
     refine: Refine = None,
+    layer_map: LayerMaps = None,
+    depth: Depth = "base",
+    head: Head = "small",
+    layout: Layout = "none",
+    inputs: Inputs = "full",
+    include_endpoints: Endpoints = False,
     dtype: Dtype = "auto",
+    adapt_on: AdaptOn = None,
+    adapt: Adapt = None,
     force: Force = False,
+    **values: Any,
 ) -> None:
     """Search a method's settings."""
     from mergectl.families import named
+    from mergectl.layer_maps import mapped, parse
+    from mergectl.layouts import laid_out
     from mergectl.merge import MergeJob
+    from mergectl.options import adapt_options, given_calibration
     from mergectl.plan import recipe_of
     from mergectl.scoring import search_and_show
-    from mergectl.settings import parse, settings_of
+    from mergectl.settings import parse as parse_setting
+    from mergectl.settings import settings_of
     from mergectl.tuning import SearchJob
 
     settings = settings_of(method)
     fixed = {
-        name: parse(settings[name], text) if name in settings else text for name, text in pairs("--fix", fix).items()
+        name: parse_setting(settings[name], text) if name in settings else text
+        for name, text in pairs("--fix", fix).items()
     }
+    layers, models = parse(layer_map or (), depth, head, lab.seed), laid_out(named(experts), layout, lab.find_run)
+    origin, models = mapped(base, models, layers, lab.find_run)
     job = SearchJob(
-        MergeJob(recipe_of(method, fixed, refine or [], lab.seed), named(experts), base, dtype),
+        MergeJob(
+            recipe_of(method, fixed, refine or [], lab.seed), models, origin, dtype,
+            options=adapt_options(method, adapt_on, adapt) | given_calibration(values),
+        ),
         tuple(on or ()), sampler, trials, pairs("--range", range_), _names(per_task), limit, split, study, batch_size,
         tuple(per_layer or ()), objective, _numbers("--start", start), sigma, population, allow_report, workers,
-        study_storage, prune,
+        study_storage, prune, inputs.replace("-", "_"), include_endpoints,
     )  # fmt: skip
     search_and_show(lab, job, out, force=force)
 

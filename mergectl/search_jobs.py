@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergectl import __version__
+from mergectl.checkpoints import Checkpoint
 from mergectl.errors import UserError
 from mergectl.families import Family, open_family
 from mergectl.judging import Judge
 from mergectl.lab import Lab
 from mergectl.merge import MergeJob
 from mergectl.plan import Recipe
+from mergectl.preprocess import check_inputs
 from mergectl.pruning import Verdict
+from mergectl.refs import Ref, Stack, ref_of
+from mergectl.reheading import HeadedModel
 from mergectl.samplers import check_plan, check_sampler
 from mergectl.settings import MethodInfo, describe
 from mergectl.space import Dimension, space
+from mergectl.stacking import CutTokens, Stacked
+from mergectl.supplies import settled_options, supplies_of
 from mergectl.trials import Plan, read_objectives
-from mergectl.verbs import check_split, task_version
+from mergectl.verbs import REFS, check_split, options_config, task_version
 
 if TYPE_CHECKING:
     from mergectl.benchmarks._contract import Task
@@ -48,6 +55,8 @@ class SearchJob:
     workers: int = 1
     storage: str | None = None
     prune: float | None = None  # the chance to stop a candidate that is as good as the best
+    inputs: str = "full"  # what a model reads of a text: all, or ids_only
+    include_endpoints: bool = False  # begin with both ends of every range
 
 
 @dataclass(frozen=True)
@@ -71,6 +80,8 @@ class Prepared:
             "population": plan.population,
             "allow_report": job.allow_report or None,
             "prune": plan.prune,
+            "read": None if job.inputs == "full" else job.inputs,
+            "include_endpoints": plan.endpoints or None,
         }
         return {
             "method": job.merge.recipe.method,
@@ -80,12 +91,13 @@ class Prepared:
             "sampler": plan.sampler,
             "trials": plan.trials,
             "tasks": {task.id: task_version(task) for task in self.tasks},
-            "inputs": [{k: v for k, v in row.items() if k != "ref"} for row in self.family.inputs],
+            "inputs": [{k: v for k, v in row.items() if k not in REFS} for row in self.family.inputs],
             "limit": job.limit,
             "split": job.split,
             "dtype": job.merge.dtype,
             "data": None if self.lab.data is None else str(self.lab.data.absolute()),
             "version": __version__,
+            **options_config(self.lab, job.merge, self.family),
             **{key: value for key, value in more.items() if value is not None},
         }
 
@@ -108,14 +120,20 @@ class Prepared:
         """Where this machine's workers share what one of them has merged; gone with the search."""
         return self.lab.folder / "optuna" / f"{self.study}.merged"
 
+    @functools.cached_property
+    def supplies(self) -> dict[str, Any]:
+        """What the lab supplies to every candidate; calibration happens here, if it has not yet."""
+        return supplies_of(self.lab, self.family, self.job.merge.recipe, self.job.merge.options)
+
     def judge(self) -> Judge | Measured:
         """Read the models and make ready to score candidates."""
         job = self.job
         how: dict[str, Any] = {"split": job.split, "limit": job.limit, "batch_size": job.batch_size}
+        how["inputs"] = job.inputs
         if job.workers > 1:
             how["scratch"] = self.scratch
         varying = {d.setting for d in self.plan.dimensions}
-        how["supplies"] = self.family.supplies(job.merge.recipe.method)
+        how["supplies"] = self.supplies
         judge = Judge(self.lab, job.merge.recipe, self.family, self.tasks, varying=varying, **how)
         return Measured(judge) if "size" in self.plan.objectives else judge
 
@@ -142,6 +160,7 @@ class Measured:
 def prepare(lab: Lab, job: SearchJob) -> Prepared:
     """Open the models' headers and check everything that can be checked before weights are read."""
     check_sampler(job.sampler)
+    check_inputs(job.inputs)
     if job.split == "report" and not job.allow_report:
         raise UserError(
             "A search may not look at 'report': it is kept for the final score. Search on --split tune; "
@@ -149,6 +168,8 @@ def prepare(lab: Lab, job: SearchJob) -> Prepared:
         )
     info = describe(job.merge.recipe.method)
     family = open_family(job.merge.base, job.merge.experts, lab.find_run)
+    options = settled_options(job.merge.recipe, family, job.merge.options)
+    job = replace(job, merge=replace(job.merge, options=options))
     fixed = dict(job.merge.recipe.settings)
     dimensions = space(
         info.settings, list(family.experts), ranges=job.ranges, fixed=fixed, per_task=job.per_task,
@@ -160,7 +181,7 @@ def prepare(lab: Lab, job: SearchJob) -> Prepared:
     _check_kept(info, dimensions, objectives, family)
     plan = Plan(
         tuple(dimensions), fixed, job.sampler, job.trials, lab.seed, objectives, dict(job.start), job.sigma,
-        job.population, job.prune,
+        job.population, job.prune, job.include_endpoints,
     )  # fmt: skip
     check_plan(plan)
     return Prepared(lab, job, family, tasks, plan)
@@ -199,9 +220,9 @@ def _described(d: Dimension) -> Any:
 def told(prepared: Prepared) -> dict[str, Any]:
     """A search as a study keeps it, so that any machine with the same folders can join."""
     lab, job, family = prepared.lab, prepared.job, prepared.family
-    merge = {**asdict(job.merge), "base": _place(family.base) if family.has_base else None}
+    merge = {**asdict(job.merge), "base": _told(family.base) if family.has_base else None}
     given = [name for name, _ in job.merge.experts]
-    merge["experts"] = [[name, _place(expert)] for name, expert in zip(given, family.experts.values(), strict=True)]
+    merge["experts"] = [[name, _told(expert)] for name, expert in zip(given, family.experts.values(), strict=True)]
     places = {"data": lab.data, "own_tasks": lab.own_tasks}
     where = {key: None if path is None else str(path.absolute()) for key, path in places.items()}
     config = prepared.config
@@ -213,7 +234,30 @@ def told(prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def _place(model: Any) -> str:
+def _told(model: Checkpoint) -> str | dict[str, Any]:
+    """A model for other processes: where it lies, or what it is made of."""
+    ref = _placed(model)
+    return ref if isinstance(ref, str) else {"ref": str(ref), **ref.record()}
+
+
+def _placed(model: Checkpoint) -> Ref:
+    """A model's reference, with folders named in full."""
+    if isinstance(model, CutTokens):
+        return replace(model.cut, model=_whole(model.model))
+    if isinstance(model, HeadedModel):
+        return model.placed(_whole)
+    return _whole(model)
+
+
+def _whole(model: Checkpoint) -> str | Stack:
+    if not isinstance(model, Stacked):
+        return _place(model)
+    place, stack = {ref: _place(part) for ref, part in model.models.items()}, model.stack
+    layers = tuple((place[ref], layer) for ref, layer in stack.layers)
+    return Stack(layers, place[stack.front], place[stack.back], place[stack.frame])
+
+
+def _place(model: Checkpoint) -> str:
     """Where a model lies, for other processes: a folder in full, a hub id as it is."""
     return str(model.folder.absolute()) if Path(model.ref).exists() or "/" not in model.ref else str(model.ref)
 
@@ -226,7 +270,8 @@ def heard(lab: Lab, facts: Mapping[str, Any], *, shared: bool) -> Prepared:
     job, merge = dict(facts["job"]), dict(facts["job"]["merge"])
     recipe = dict(merge.pop("recipe"))
     recipe["refine"] = tuple((name, given) for name, given in recipe["refine"])
-    experts = tuple((task, ref) for task, ref in merge.pop("experts"))
+    experts = tuple((task, _heard(ref)) for task, ref in merge.pop("experts"))
+    merge["base"] = None if merge["base"] is None else _heard(merge["base"])
     job = {key: tuple(value) if isinstance(value, list) else value for key, value in job.items()}
     job["merge"] = MergeJob(Recipe(**recipe), experts, **merge)
     job["workers"] = job["workers"] if shared else 1
@@ -241,6 +286,10 @@ def heard(lab: Lab, facts: Mapping[str, Any], *, shared: bool) -> Prepared:
     if [config["inputs"], config["tasks"]] != facts["models"]:
         raise UserError("The models or tasks of this search are others here than where it was begun.")
     return prepared
+
+
+def _heard(told: str | Mapping[str, Any]) -> Ref:
+    return told if isinstance(told, str) else ref_of(told)
 
 
 def _path(text: str | None) -> Path | None:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from mergectl import plugins, values
 from mergectl.errors import UserError, did_you_mean
-from mergectl.methods._contract import SUPPLIES, Between, OneOf, PerTask
+from mergectl.methods._contract import SUPPLIES, Between, OneOf, PerTask, Tasks
 from mergectl.values import Setting
 
 __all__ = ["MethodInfo", "Setting", "check", "describe", "names", "parse", "problems", "refinements", "settings_of"]
@@ -32,8 +32,8 @@ _LEGACY = {
     "DARE_TA": "dare_task_arithmetic",
     "DARE_TIES": "dare_ties",
 }
-_TYPES: dict[Any, Literal["float", "int", "bool", "word"]]
-_TYPES = {float: "float", float | None: "float", int: "int", bool: "bool", str: "word"}
+_TYPES: dict[Any, Literal["float", "int", "bool", "word", "tasks"]]
+_TYPES = {float: "float", float | None: "float", int: "int", bool: "bool", str: "word", Tasks: "tasks"}
 
 
 @dataclass(frozen=True)
@@ -251,7 +251,7 @@ def _setting(parameter: inspect.Parameter, function: Callable[..., Any], origin:
         raise TypeError(
             f"setting '{name}' must say type, range and help on one line, like "
             'Annotated[float, Between(0, 1), "share kept"]; '
-            "types are float, float | None, int, bool, PerTask and str with OneOf."
+            "types are float, float | None, int, bool, PerTask, Tasks and str with OneOf."
         )
     if parameter.default is parameter.empty:
         raise TypeError(f"setting '{name}' must have a default.")

@@ -29,9 +29,45 @@ def write_rows(folder: Path, tasks: Sequence[Task]) -> None:
             pq.write_table(pa.Table.from_pylist([dict(task.samples[row % 2]) for row in range(ROWS)]), path)
 
 
+def make(folder: Path, config: Mapping[str, Any], tasks: Sequence[Task], seed: int) -> None:
+    """Write what a configuration stands for: a tiny base, or with a `layout` a root that holds an expert per task."""
+    if "layout" not in config:
+        make_base(folder, config, tasks, seed)
+        return
+    facts = {key: value for key, value in config.items() if key != "layout"}
+    for number, task in enumerate(tasks, 1):
+        _make_expert(folder / task.name / f"{facts['model_type']}-base_lr1e-05", facts, task, tasks, number)
+
+
+def _make_expert(folder: Path, config: Mapping[str, Any], task: Task, tasks: Sequence[Task], number: int) -> None:
+    """Write a classifier near the base of the same configuration, as if it were fine-tuned, and nothing about it."""
+    import torch
+
+    from mergectl.models import quiet
+
+    model = _fresh(folder, config, task, tasks, seed=0)
+    if config["model_type"] == "clip":
+        model = model.clip  # as public experts are: a vision tower, whose head is made of texts
+    generator = torch.Generator().manual_seed(number)
+    with torch.no_grad(), quiet():
+        for weight in model.parameters():
+            weight.add_(0.01 * torch.randn(weight.shape, generator=generator))
+        model.save_pretrained(folder)
+
+
+def _fresh(folder: Path, config: Mapping[str, Any], task: Task, tasks: Sequence[Task], seed: int) -> Any:
+    """A model with seeded fresh weights for a task; its folder gets a tokenizer of the words in the tasks' samples."""
+    from mergectl.models import model_config, new_model, open_source
+
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = {"pad_token_id": 0, "eos_token_id": 1, **config, "vocab_size": _save_tokenizer(folder, _texts(tasks))}
+    (folder / "config.json").write_text(json.dumps(facts), encoding="utf-8")
+    return new_model(model_config(open_source(folder), task), task, seed)
+
+
 def make_base(folder: Path, config: Mapping[str, Any], tasks: Sequence[Task], seed: int) -> None:
     """Write a model of this configuration with seeded fresh weights, and a tokenizer of the words in the samples."""
-    from mergectl.models import model_config, new_model, open_source, quiet
+    from mergectl.models import quiet
     from mergectl.naming import is_writer
 
     kind = config.get("model_type")
@@ -39,14 +75,11 @@ def make_base(folder: Path, config: Mapping[str, Any], tasks: Sequence[Task], se
         raise UserError(
             f"A smoke run reads images with a tiny CLIP, not a {kind} model, and this pipeline has a task on images."
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    size = _save_tokenizer(folder, _texts(tasks))
     if kind == "clip":
-        _make_clip(folder, config, size, seed)
+        folder.mkdir(parents=True, exist_ok=True)
+        _make_clip(folder, config, _save_tokenizer(folder, _texts(tasks)), seed)
         return
-    facts = {"pad_token_id": 0, "eos_token_id": 1, **config, "vocab_size": size}
-    (folder / "config.json").write_text(json.dumps(facts), encoding="utf-8")
-    model = new_model(model_config(open_source(folder), tasks[0]), tasks[0], seed)
+    model = _fresh(folder, config, tasks[0], tasks, seed)
     with quiet():
         (model if is_writer(model) else getattr(model, model.base_model_prefix)).save_pretrained(folder)
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from mergectl.errors import UserError
 from mergectl.layers import Numbered, is_front, restacked, the_stack
 from mergectl.refs import Cut, Stack
+from mergectl.reheading import HeadedModel
 from mergectl.tokens import TOKENS, token_dim
 from mergectl.weights import Checkpoint
 
@@ -27,7 +28,7 @@ SPELLINGS = ((".gamma", ".weight"), (".beta", ".bias"))  # LayerNorm in the firs
 
 def parts_of(checkpoint: Checkpoint) -> list[Checkpoint]:
     """The models on disk that a model is made of: of a stack, its frame first; of any other, itself."""
-    if isinstance(checkpoint, CutTokens):
+    if isinstance(checkpoint, CutTokens | HeadedModel):
         return parts_of(checkpoint.model)
     return list(checkpoint.models.values()) if isinstance(checkpoint, Stacked) else [checkpoint]
 

@@ -24,6 +24,17 @@ def suite(name: str, own: Mapping[str, Task] | None = None) -> dict[str, Task]:
     return {task.name: replace(task, suite=name) for task in module.TASKS}
 
 
+def answers(head: str, task: Task) -> bool:
+    """Whether the head of one task, by its id, answers another: the same, or one that asks for the same."""
+    from mergectl.benchmarks._contract import same_question
+
+    if head in (task.id, task.name, *task.answered_by):
+        return True
+    name, _, short = head.partition("/")
+    trained = suite(name).get(short) if name in suites() else None
+    return trained is not None and same_question(trained, task)
+
+
 def suites() -> list[str]:
     """The names of all suites."""
     return [name for name in plugins.names("benchmarks") if name != FILES]
@@ -77,8 +88,9 @@ def _by_bare_name(word: str, own: Mapping[str, Task] | None) -> Task:
     matches = [task for task in every.values() if task.name == word]
     if labelled := [task for task in matches if task.kind != "text_to_text"]:
         matches = labelled  # a bare `rte` is the task that classifiers answer; text-to-text tasks say their suite
-    if len(matches) == 1:
-        return matches[0]
+    plain = min(matches, key=lambda task: (len(task.suite), task.suite), default=None)
+    if plain is not None and all(answers(task.id, plain) for task in matches):
+        return plain  # suites that share a data set: the one with the shortest name
     if matches:
         raise UserError(f"'{word}' names several tasks: {', '.join(task.id for task in matches)}.")
     raise UserError(f"No task or suite '{word}'.{did_you_mean(word, [*suites(), *every])}")

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergectl.errors import UserError
-from mergectl.preprocess import Example, open_tokenizer, save_tokenizer
+from mergectl.preprocess import Example
+from mergectl.tokenizer_files import open_tokenizer, save_tokenizer
 
 if TYPE_CHECKING:
     import numpy as np

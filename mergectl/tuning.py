@@ -19,7 +19,7 @@ from mergectl.search import best_trial, search
 from mergectl.search_jobs import Prepared, SearchJob, heard, prepare, told
 from mergectl.studies import claim, close, load_study, open_study
 from mergectl.trials import Trial, directions, front
-from mergectl.verbs import Result, evaluate_model, merge_models, record_inputs, spare_inputs
+from mergectl.verbs import Result, evaluate_model, merge_models, record_calibration, record_inputs, spare_inputs
 from mergectl.workers import Leader, study_facts, work
 
 if TYPE_CHECKING:
@@ -45,6 +45,8 @@ def search_settings(lab: Lab, job: SearchJob, out: Path, *, force: bool = False,
     spare_inputs(prepared.family, out)
     with lab.start("search", config, study=prepared.study, name=out.name) as run:
         record_inputs(run, prepared.family)
+        if prepared.job.merge.options.get("calibration"):  # here and now: local workers then find it done
+            record_calibration(run, prepared.supplies)
         trials = _run_study(prepared, run)
         best = best_trial(trials, prepared.plan)
         final = replace(job.merge, recipe=replace(job.merge.recipe, settings=best.settings))
@@ -69,7 +71,7 @@ def _interrupted(lab: Lab, config: Mapping[str, Any]) -> bool:
     """Whether this very search was begun before and never finished."""
     from mergectl.store import digest_of
 
-    if not lab.store_path.exists():
+    if not lab.has_store:
         return False
     rows = lab.store.query(
         "SELECT status FROM runs WHERE kind = 'search' AND config_digest = ?", [digest_of(config)]
@@ -122,7 +124,15 @@ def _crew(prepared: Prepared) -> Iterator[LocalCrew | None]:
         yield None
         return
     threads = lab.threads or max(1, free_cores() // job.workers)
-    words = ["search", "--join", prepared.study, "--store", str(lab.store_path), "--device", lab.device]
+    words = [
+        "search",
+        "--join",
+        prepared.study,
+        "--store",
+        lab.store_url or str(lab.store_path),
+        "--device",
+        lab.device,
+    ]
     words += ["--threads", str(threads), *(["--study-storage", job.storage] if job.storage else [])]
     try:
         with LocalCrew(worker_command(words), job.workers, threads) as crew:
@@ -150,6 +160,8 @@ def _record_trial(prepared: Prepared, trial: Trial, verdict: Verdict | None) -> 
             raise _Refused(trial.refused)
         for task, score in verdict.scores.items():
             run.metric("score", score, task=task, split=job.split)
+            for name, value in verdict.metrics.get(task, {}).items():
+                run.metric(name, value, task=task, split=job.split)
         run.metric("mean_score", verdict.mean, split=job.split)
         run.metric("evaluation_seconds", verdict.seconds, split=job.split)
         for name, value in zip(prepared.plan.objectives, trial.values, strict=False):

@@ -18,7 +18,7 @@ class Setting:
     """One setting, as declared after the star in a method's signature."""
 
     name: str
-    type: Literal["float", "int", "bool", "word"]
+    type: Literal["float", "int", "bool", "word", "tasks"]
     default: Any
     help: str
     between: Between | None
@@ -29,6 +29,8 @@ class Setting:
 
 def parse(setting: Setting, text: str) -> Any:
     """Read a value as typed: `0.3`, per task `0.3,0.5` or `rte=0.5,cola=0.2`, per weights `*.attention.*=0.5`."""
+    if setting.type == "tasks":
+        return _tasks(setting, [part.strip() for part in text.split(",")], None)
     if "=" in text:
         pairs = [part.rpartition("=") for part in text.split(",")]
         wrong = next((part for part, (key, _, _) in zip(text.split(","), pairs, strict=True) if not key.strip()), None)
@@ -44,6 +46,8 @@ def parse(setting: Setting, text: str) -> Any:
 
 def resolve(setting: Setting, value: Any, tasks: Sequence[str] | None) -> Any:
     """Check a value of any form: one value, one per task, or {pattern of weight names: such a value}."""
+    if setting.type == "tasks":
+        return value if value is None else _tasks(setting, value, tasks)
     if isinstance(value, Mapping):
         if not value:
             raise UserError(f"{setting.name} is an empty list of values. Leave it out to get the default.")
@@ -70,6 +74,19 @@ def one(setting: Setting, value: Any) -> Any:
     if setting.type == "bool":
         return _bool(setting, value)
     return _number(setting, value)
+
+
+def _tasks(setting: Setting, value: Any, tasks: Sequence[str] | None) -> tuple[str, ...]:
+    """Check names of tasks."""
+    names = (value,) if isinstance(value, str) else tuple(value) if _is_sequence(value) else ()
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise UserError(f"{setting.name} must be names of tasks, got '{value}'.")
+    for name in names if tasks is not None else ():
+        if name not in (tasks or ()):
+            raise UserError(
+                f"{setting.name} names a task '{name}' that is not merged.{did_you_mean(name, tasks or ())}"
+            )
+    return names
 
 
 def _is_pattern(key: object) -> bool:

@@ -13,8 +13,11 @@ from mergectl.checkpoints import Checkpoint, open_checkpoint
 from mergectl.errors import UserError
 from mergectl.families import Family, open_family
 from mergectl.lab import Lab, versions
+from mergectl.lenders import role_of
 from mergectl.merge import MergeJob, checked, described
+from mergectl.open_clip import layout
 from mergectl.stacking import parts_of
+from mergectl.supplies import asked_by, settled_options, supplies_of
 
 if TYPE_CHECKING:
     from mergectl.benchmarks._contract import Task, Use
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
     from mergectl.store import Run
 
 Result = dict[str, Any]
-REFS = ("ref", "layers", "model", "tokens")  # of a model in a record: where it lies, and what its digest says
+REFS = ("ref", "layers", "model", "tokens", "head")  # of a model in a record: where it lies, and what its digest says
 
 
 def merge_models(lab: Lab, job: MergeJob, out: Path, *, force: bool = False, reuse: bool = False) -> Result:
@@ -33,8 +36,9 @@ def merge_models(lab: Lab, job: MergeJob, out: Path, *, force: bool = False, reu
     from mergectl.merge import merge
 
     family = open_family(job.base, job.experts, lab.find_run)
-    recipe = checked(job.recipe, list(family.experts))
-    config = merge_config(job, family, recipe)
+    recipe, given = checked(job.recipe, list(family.experts)), dict(job.recipe.settings)
+    job = replace(job, recipe=recipe, options=settled_options(recipe, family, job.options))
+    config = merge_config(job, family, recipe) | options_config(lab, job, family)
     if reuse and (done := lab.done("merge", config, recipe.seed, out)):
         return {"run": done["run_id"], "out": str(out), "again": True}
     artefacts.check_free(out, force or reuse)
@@ -44,13 +48,45 @@ def merge_models(lab: Lab, job: MergeJob, out: Path, *, force: bool = False, reu
     device = lab.merge_device()
     with lab.start("merge", config, seed=recipe.seed, name=out.name) as run:
         record_inputs(run, family)
-        run.note("given", dict(job.recipe.settings))
+        run.note("given", given)
+        supplies = supplies_of(lab, family, recipe, {**job.options, "watched": run.config_digest})
+        record_calibration(run, supplies)
         with lab.terminal.progress(f"Merging {len(family.experts)} experts by {recipe.method}") as progress:
             facts = {"run": run.id, "versions": versions()}
-            job = replace(job, recipe=recipe)
-            digest = merge(job, family, out, facts=facts, force=force or reuse, progress=progress, device=device)
+            force = force or reuse
+            how: dict[str, Any] = {"progress": progress, "device": device, "supplies": supplies}
+            watch = supplies.get("watch")
+            if watch is not None:
+                watch.progress = progress
+            digest = merge(job, family, out, facts=facts, force=force, **how)
+        if watch is not None:
+            watch.record(run, out)
         record_model(run, out, digest)
     return {"run": run.id, "out": str(out), "digest": digest, "again": False}
+
+
+def options_config(lab: Lab, job: MergeJob, family: Family) -> dict[str, Any]:
+    """What a method that adapts, or looks at calibration, depends on besides the models; `job.options` are settled."""
+    from mergectl.adaptation import facts, read_options, tasks_of
+
+    found: dict[str, Any] = {}
+    if "entropy" in asked_by(job.recipe, family):
+        versions_of = {task.id: task_version(task) for task in tasks_of(lab, family)}
+        found |= facts(read_options(job.options.get("adapt", {})), versions_of, lab)
+    if options := job.options.get("calibration"):
+        from mergectl.calibration_supply import task_of
+
+        versions_of = {task.id: task_version(task) for task in (task_of(lab, family, name) for name in family.experts)}
+        data = None if lab.data is None else str(lab.data.absolute())
+        found["calibration"] = {**options, "tasks": versions_of, "data": data}
+    return found
+
+
+def record_calibration(run: Run, supplies: Mapping[str, Any]) -> None:
+    """Note what calibration found, and in which run, as inputs of the run that uses it."""
+    for name in ("grams", "fishers"):
+        for own in supplies.get(name, {}).values():
+            run.input(name, own.stored.path, own.stored.key, task=own.task, run_id=own.stored.facts["run"])
 
 
 def spare_inputs(family: Family, out: Path) -> None:
@@ -74,6 +110,10 @@ def record_inputs(run: Run, family: Family) -> None:
     for row, model in zip(family.inputs, models, strict=True):
         for place, part in enumerate(parts_of(model)):
             run.input("layers" if place else row["role"], part.ref, part.digest, task=row["task"])
+    layouts = {str(row["task"] or "base"): form for row, model in zip(family.inputs, models, strict=True)
+               if (form := layout(model))}  # fmt: skip
+    if layouts:
+        run.note("query_key_value", {**layouts, "merged": "split"})
 
 
 def record_model(run: Run, folder: Path, digest: str) -> None:
@@ -94,32 +134,37 @@ def evaluate_model(
     dtype: str = "float32",
     answer_metric: str = "rank",
     show: int = 0,
+    flops: bool = False,
+    inputs: str = "full",
     reuse: bool = False,
 ) -> Result:
     """Score a model on tasks, with heads of its own or borrowed; record every metric."""
     from mergectl.evaluate import check_answers, evaluate
     from mergectl.heads import own_tasks_of
+    from mergectl.preprocess import check_inputs
 
     model = open_checkpoint(ref, lab.find_run)
     by_task = _borrowed(lab, heads)
     tasks = lab.tasks(words or list(by_task) or own_tasks_of(model))
     check_split(tasks, split)
     check_answers(answer_metric, show, tasks)
+    check_inputs(inputs)
     config = _eval_config(lab, model, tasks, by_task, split, limit, dtype)
-    config |= {} if answer_metric == "rank" else {"answer_metric": answer_metric}
+    odd = {"answer_metric": answer_metric, "inputs": inputs, "flops": flops}
+    config |= {name: value for name, value in odd.items() if value not in ("rank", "full", False)}
     if reuse and (done := lab.done("eval", config)):
         return {"run": done["run_id"], "again": True}
     with lab.start("eval", config, name=f"{model.label}@{split}") as run:
         run.input("model", model.ref, model.digest)
         for task, expert in by_task.items():
-            run.input("texts" if lends_texts(expert, model) else "head", expert.ref, expert.digest, task=task)
+            run.input(role_of(expert, model), expert.ref, expert.digest, task=task)
         with lab.terminal.progress(f"Evaluating {model.label}") as progress:
             found = evaluate(
                 model, tasks, split=split, data=lab.data, batch_size=batch_size, limit=limit,
                 device=lab.torch_device(), dtype=dtype, heads=by_task, progress=progress, seed=lab.seed,
-                answer_metric=answer_metric, show=show,
+                answer_metric=answer_metric, show=show, flops=flops, inputs=inputs,
             )  # fmt: skip
-        parts = [split, *([] if limit is None else [limit]), *([] if answer_metric == "rank" else [answer_metric])]
+        parts = [split, *([] if limit is None else [limit]), *({answer_metric, inputs} - {"rank", "full"})]
         record_scores(run, found, ":".join(map(str, parts)))
     return {"run": run.id, "model": model.ref, "split": split, "evaluation": found, "again": False}
 
@@ -185,29 +230,21 @@ def record_scores(run: Run, found: Evaluation, split: str) -> None:
 
 def evaluate_references(lab: Lab, family: Family, words: Sequence[str], **how: Any) -> list[Result]:
     """Score the base under each expert's head, and each expert on its own task: what merges are compared with."""
-    heads = [(family.task_ids[task], expert.place) for task, expert in family.experts.items()]
-    wanted = [task.id for task in lab.tasks(words or [task for task, _ in heads])]
-    heads = [(task, ref) for task, ref in heads if task in wanted]
-    lent = {
-        family.task_ids[task]: family.base.place
-        for task, expert in family.experts.items()
-        if family.has_base and lends_texts(family.base, expert)
-    }
-    results = [
-        evaluate_model(lab, ref, [task], heads=[(task, lent[task])] if task in lent else (), reuse=True, **how)
-        for task, ref in heads
-    ]
+    from mergectl.tasks import answers
+
+    trained = [(family.task_ids[name], expert) for name, expert in family.experts.items()]
+    wanted = lab.tasks(words or [task for task, _ in trained])
+    asked = [(task.id, expert) for head, expert in trained for task in wanted if answers(head, task)]
+    heads = [(task, expert.place) for task, expert in asked]
+    results = []
+    for task, expert in asked:
+        lends = family.has_base and role_of(family.base, expert) != "head"
+        own = [(task, family.base.place)] if lends else []
+        results.append(evaluate_model(lab, expert.place, [task], heads=own, reuse=True, **how))
     if family.has_base:
         base = family.base.place
         results.insert(0, evaluate_model(lab, base, [t for t, _ in heads], heads=heads, reuse=True, **how))
     return results
-
-
-def lends_texts(lender: Checkpoint, model: Checkpoint) -> bool:
-    """Whether one gives a CLIP vision tower without a head or texts the head that is its own."""
-    from mergectl.clip import HEAD, has_texts, is_zero_shot
-
-    return is_zero_shot(model.config) and not has_texts(model) and HEAD not in model and has_texts(lender)
 
 
 def finetune_experts(
@@ -244,7 +281,7 @@ def finetune_experts(
         for task, own in zip(tasks, owned, strict=True)
     ]  # fmt: skip
     return [
-        _finetune(lab, task, source, folder, config, own, force or reuse, reuse or again)
+        finetune_one(lab, task, source, folder, config, own, force or reuse, reuse or again)
         for task, folder, config, own in zip(tasks, folders, configs, owned, strict=True)
     ]
 
@@ -264,10 +301,11 @@ def base_source(lab: Lab, base: str) -> Source:
     return open_source(lab.find_run(base) or base if "/" not in base and not Path(base).exists() else base)
 
 
-def _finetune(
+def finetune_one(
     lab: Lab, task: Task, source: Source, out: Path, settings: FinetuneConfig, masked: Masked | None, force: bool,
     reuse: bool,
 ) -> Result:  # fmt: skip
+    """Fine-tune one expert into the folder `out` and record it."""
     from mergectl import artefacts
     from mergectl.finetune import finetune
 

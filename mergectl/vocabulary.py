@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 
 from mergectl.errors import UserError
-from mergectl.refs import Cut, Ref
+from mergectl.refs import Cut, Ref, Reheaded
 from mergectl.tokens import TOKENS, token_dim
 from mergectl.weights import Checkpoint, read_json
 
@@ -81,6 +81,6 @@ def check_union(base: Checkpoint | None, experts: Sequence[Checkpoint]) -> None:
 
 def with_base_tokens(model: Ref, opened: Checkpoint, base: Checkpoint) -> Ref:
     """A model with no rows beyond those of the base."""
-    if isinstance(model, Cut) or not rows_of(opened) > rows_of(base) > 0:
+    if isinstance(model, Cut | Reheaded) or not rows_of(opened) > rows_of(base) > 0:
         return model
     return Cut(model, rows_of(base))

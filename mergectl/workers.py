@@ -103,6 +103,7 @@ def told(study: optuna.Study, plan: Plan, number: int, verdict: Verdict) -> None
     from optuna.trial import TrialState
 
     facts: dict[str, Any] = {"scores": dict(verdict.scores), "seconds": verdict.seconds}
+    facts |= {"metrics": {task: dict(own) for task, own in verdict.metrics.items()}} if verdict.metrics else {}
     if plan.prune is not None:
         facts |= {"rows": verdict.rows, "total": verdict.total, "mean": verdict.mean}
         best = best_so_far(study)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mergectl import artefacts
 from mergectl.bits import pack_bits, packed_size
 from mergectl.checkpoints import Checkpoint
+from mergectl.decoders import with_padding
 from mergectl.families import Family, headed_prefix
 from mergectl.headers import FLOATING, WORD_TO_TORCH
 from mergectl.tensorfiles import SHARD_BYTES, ModelWriter, SafetensorsWriter, bytes_of
@@ -48,9 +49,12 @@ def write_shared(family: Family, stream: Stream, folder: Path, form: Form, progr
     dtypes = form.dtypes(base, shapes, [*names.values(), *population.tied])
     artefacts.check_space(folder, _needed(family, stream, shapes, dtypes))
     repeats = {of: [own for own, source in population.tied.items() if source == of] for of in population.tied.values()}
+    blended: dict[str, torch.Tensor] = {}
     with ModelWriter(folder, shapes, dtypes, form.shard_bytes) as writer, _Kept(folder, family) as kept:
 
         def put(piece: Piece) -> None:
+            if piece.name in population.blended:  # a head is never so large that it comes in blocks
+                blended[piece.name] = piece.weight.clone()
             for own in (names[piece.name], *repeats.get(piece.name, ())):
                 writer.write(own, piece.weight, piece.start)
                 if piece.last:
@@ -62,9 +66,10 @@ def write_shared(family: Family, stream: Stream, folder: Path, form: Form, progr
         for own in (name for name in population.carried if name in shapes):
             writer.write(own, base[own])
     for task in family.experts:
-        _write_head(family, task, folder / "tasks" / task, (stream.rescalers or {}).get(task))
-    artefacts.write_json(folder / "config.json", _shared_config(family, form.dtype))
+        _write_head(family, task, folder / "tasks" / task, (stream.rescalers or {}).get(task), blended)
     artefacts.carry_files(folder, *_donors(family))
+    experts = [expert.config for expert in family.experts.values()]
+    artefacts.write_json(folder / "config.json", with_padding(_shared_config(family, form.dtype), experts, folder))
 
 
 def _whole_shapes(family: Family) -> dict[str, tuple[int, ...]]:
@@ -197,12 +202,16 @@ class _Kept:
             writer.__exit__(*error)
 
 
-def _write_head(family: Family, task: str, folder: Path, rescaler: float | None) -> None:
+def _write_head(
+    family: Family, task: str, folder: Path, rescaler: float | None, blended: Mapping[str, torch.Tensor]
+) -> None:
     from safetensors.torch import save_file
 
     expert = family.experts[task]
     folder.mkdir(parents=True, exist_ok=True)
     head = {name: expert[name].contiguous() for name in family.population.heads[task]}
+    own = family.population.experts[task].own_name
+    head |= {own[name]: weight.contiguous() for name, weight in blended.items()}
     save_file(head, folder / "head.safetensors", metadata={"format": "pt"})
     record = {
         "task": family.task_ids[task],
@@ -247,8 +256,9 @@ def write_one_task(task: str, family: Family, stream: Stream, folder: Path, form
             progress(done, len(shapes), name)
         for own in sorted(rest):
             writer.write(own, expert[own])
-    artefacts.write_json(folder / "config.json", typed(expert.config, form.dtype))
     artefacts.carry_files(folder, expert.folder)
+    config = with_padding(typed(expert.config, form.dtype), [expert.config], folder)
+    artefacts.write_json(folder / "config.json", config)
 
 
 def _write_own_rows(view: Renamed, name: str, write: Callable[[torch.Tensor, int], None]) -> None:

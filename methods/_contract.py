@@ -20,7 +20,7 @@ weights or blocks at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -80,6 +80,9 @@ class Split:
 # A setting of this type may be given per task: it arrives as one number, or as one number per task in task order.
 PerTask: TypeAlias = float | Sequence[float]
 
+# A setting of this type names some of the tasks: it arrives as a tuple of names, or as None for all of them.
+Tasks: TypeAlias = Sequence[str] | None
+
 Weights: TypeAlias = "Mapping[str, torch.Tensor]"
 
 
@@ -88,6 +91,20 @@ class Rng(Protocol):
 
     def __call__(self, task: str, weight: str) -> torch.Generator:
         """Return the generator for one task's weight, at its start."""
+        ...
+
+
+class Remember(Protocol):
+    """`remember(what, task, weight, make)`: what `make` gives, computed once for these models.
+
+    `what` names the computation and its settings. With a task it is taken to depend on that task's weight and the
+    base's alone, with None on those of all tasks. The tensors are on the CPU, may be shared, and are not to be changed.
+    """
+
+    def __call__(
+        self, what: str, task: str | None, weight: str, make: Callable[[], Sequence[torch.Tensor]]
+    ) -> tuple[torch.Tensor, ...]:
+        """Return what was kept, or what `make` gives now."""
         ...
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-from mergectl.methods._contract import Between, Merged, Weights
+from mergectl.methods._contract import Between, Merged, MethodError, Weights
 
 if TYPE_CHECKING:
     import torch
@@ -30,9 +30,14 @@ def merge(
     base: Weights,
     experts: TaskVectors,
     *,
-    alpha: Annotated[float, Between(0.0, 1.0), "share of the expert: 0 is the base, 1 the expert"] = 0.5,
+    alpha: Annotated[
+        float, Between(-10.0, 10.0, search=(0.0, 1.0)), "share of the expert: 0 is the base, 1 the expert"
+    ] = 0.5,
+    extrapolate: Annotated[bool, "let alpha go beyond base and expert"] = False,
 ) -> Merged:
     """Yield for each weight the point at share alpha of the line from base to expert, exact at both ends."""
+    if not extrapolate and not 0 <= alpha <= 1:
+        raise MethodError(f"alpha must lie between 0.0 and 1.0, got {alpha}. To go beyond the models: extrapolate=True")
 
     def between(name: str, x: torch.Tensor) -> torch.Tensor:
         if alpha in (0.0, 1.0):

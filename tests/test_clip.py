@@ -30,6 +30,7 @@ from mergectl.merge import MergeJob
 from mergectl.models import quiet
 from mergectl.plan import recipe_of
 from mergectl.preprocess import ImagePreparer, image_preparer
+from mergectl.presets import settled
 from mergectl.verbs import evaluate_model, evaluate_references, merge_models
 
 TASKS = {task.name: with_suite(task, "vision20") for task in vision20.TASKS}
@@ -434,6 +435,40 @@ def test_open_clip_experts_merge_like_others_and_the_split_is_noted(base: Path, 
     assert sum("its fused query, key and value are merged as three matrices" in note for note in notes) == 2
     found = [merge(base, of, tmp_path / name, "pcb") for name, of in (("files", files), ("folders", folders))]
     assert all(torch.equal(found[0][name], tensor) for name, tensor in found[1].items())
+
+
+@pytest.mark.parametrize(("name", "layout"), [("mnist.pt", "fused"), ("folder", "split")])
+def test_the_store_keeps_how_query_key_and_value_lie_in_each_model(
+    base: Path, tmp_path: Path, name: str, layout: str
+) -> None:
+    weights = load_file(base / "model.safetensors")
+    own = moved(weights, 1)
+    if layout == "fused":
+        torch.save(in_open_clip(own), tmp_path / name)
+    else:
+        save_file({**weights, **own}, shutil.copytree(base, tmp_path / name) / "model.safetensors")
+    lab = Lab(device="cpu", store_path=tmp_path / "lab" / "store.duckdb")
+    job = MergeJob(recipe_of("average", {}, [], 0), ((MNIST.id, str(tmp_path / name)),), str(base))
+    merge_models(lab, job, tmp_path / "out")
+    rows = lab.store.query("select value from environment where key = 'query_key_value'").rows
+    assert [json.loads(value) for (value,) in rows] == [{"base": "split", MNIST.id: layout, "merged": "split"}]
+
+
+@pytest.mark.parametrize(("task", "given", "length"), [
+    ("vision8/dtd", {}, {"epochs": 76}),
+    ("vision20/kmnist", {}, {"max_steps": 2000}),
+    ("vision8/dtd", {"max_steps": 3}, {"max_steps": 3}),
+    ("files/mine", {"epochs": 2.0}, {"epochs": 2.0}),
+])  # fmt: skip
+def test_the_preset_of_the_vision_studies(task: str, given: dict[str, Any], length: dict[str, Any]) -> None:
+    usual = {"lr": 1e-5, "weight_decay": 0.1, "scheduler": "cosine", "warmup_steps": 500, "max_grad_norm": 1.0}
+    found = settled(task, CONFIG, {"preset": "vision", "smaller_batch": 4, **given})
+    assert found == {**usual, "batch_size": 32, "accumulation": 4, **length}
+
+
+def test_the_preset_of_the_vision_studies_is_for_images() -> None:
+    with pytest.raises(UserError, match="The preset vision is for models that read images, and glue/rte is trained"):
+        settled("glue/rte", {"model_type": "bert"}, {"preset": "vision"})
 
 
 class _Trap:

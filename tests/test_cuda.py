@@ -11,7 +11,7 @@ from mergectl import settings
 from mergectl.merging import merge_stream
 from mergectl.plan import recipe_of
 from tests.conftest import Cli
-from tests.methods.families import expert_count, family
+from tests.methods.families import expert_count, family, supplies_for
 
 
 @pytest.mark.gpu
@@ -22,8 +22,9 @@ def test_every_merge_on_the_device_is_that_of_the_processor(dtype: torch.dtype) 
         base, experts = family(expert_count(name), dtype=dtype)
         for number, weights in enumerate((base, *experts.values())):  # one weight of several blocks
             weights["m.long"] = torch.randn(700, 900, generator=torch.Generator().manual_seed(number)).to(dtype)
-        wanted = {piece.name: piece.weight for piece in merge_stream(recipe_of(name), base, experts)}
-        for piece in merge_stream(recipe_of(name), base, experts, device="cuda"):
+        given = supplies_for(name, experts)
+        wanted = {piece.name: piece.weight for piece in merge_stream(recipe_of(name), base, experts, supplies=given)}
+        for piece in merge_stream(recipe_of(name), base, experts, supplies=given, device="cuda"):
             assert piece.weight.device.type == "cpu"
             torch.testing.assert_close(piece.weight, wanted[piece.name], rtol=1e-5, atol=1e-6, msg=name)
 

@@ -101,7 +101,7 @@ def test_large_weights_lose_no_digit(tmp_path: Path) -> None:
     live = {name: torch.empty_like(weight) for name, weight in base.items()}
     recipe = recipe_of("task_arithmetic", refine="dare:drop=0.7", seed=5)
     fast = Recombiner(recipe, base, experts, live, "scale", alone=True, shelf=Shelf())
-    settings = {"scale": {"a.b": 1.5, "*": (0.3, 1.2)}}
+    settings: dict[str, Any] = {"scale": {"a.b": 1.5, "*": (0.3, 1.2)}}
     assert fast(settings)
     merged = merging.merge_weights("task_arithmetic", base, experts, refine="dare:drop=0.7", seed=5, **settings)
     for name, weight in merged.items():

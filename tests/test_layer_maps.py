@@ -101,7 +101,7 @@ def test_the_result_can_have_the_experts_depth(cli: Cli) -> None:
     from transformers import BertModel
 
     got = merged(
-        cli, "interpolate", "--experts", "tiny", "--alpha", "0.5", "--layer-map", "uniform", "--depth", "expert"
+        cli, "interpolate", "--experts", "tiny", "--alpha", "0.5", "--layer-map", "uniform", "--depth", "small"
     )
     base, tiny = weights("base"), weights("tiny")
     for name, x in got.items():
@@ -145,7 +145,7 @@ def test_a_base_with_the_old_names_of_layer_norm_lends_its_layers(cli: Cli) -> N
 def test_a_mapped_merge_is_made_again_bit_by_bit(cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
     merged(cli, "ties", "--experts", "tiny", "whole", "--layer-map", "tiny=0:5,1:0,2:2")
     assert cli("merge", "--again", "out") == 0
-    merged(cli, "average", "--experts", "tiny", "--layer-map", "uniform", "--depth", "expert", "--force")
+    merged(cli, "average", "--experts", "tiny", "--layer-map", "uniform", "--depth", "small", "--force")
     assert cli("merge", "--again", "out") == 0
     assert capsys.readouterr().out.count("are the same bit by bit") == 2
 
@@ -169,7 +169,7 @@ def test_maps_in_a_file(value: Any, expected: Any) -> None:
 
 
 def test_maps_as_typed() -> None:
-    assert parse(["a=0:1,1:3", "uniform"], "expert") == LayerMap({"a": {0: 1, 1: 3}, None: "uniform"}, "expert")
+    assert parse(["a=0:1,1:3", "uniform"], "small") == LayerMap({"a": {0: 1, 1: 3}, None: "uniform"}, "expert")
 
 
 WRONG: dict[tuple[str, ...], str] = {
@@ -180,8 +180,8 @@ WRONG: dict[tuple[str, ...], str] = {
     ("--layer-map", "0:1,1:2,2:2"): "The layer map puts two layers of the expert onto one of the base.",
     ("--layer-map", "0:1,1:2,2:3,3:4"): "The layer map names layer 3: tiny has 3, base has 6.",
     ("--layer-map", "teeny=uniform"): "There is no expert 'teeny' for which a layer map was given.",
-    ("--depth", "expert"): "depth says which layers a layer map keeps.",
-    ("--depth", "half", "--layer-map", "uniform"): "depth must be base or expert, got 'half'.",
+    ("--depth", "small"): "depth says which layers a layer map keeps.",
+    ("--depth", "half", "--layer-map", "uniform"): "depth must be base or small, got 'half'.",
 }  # fmt: skip
 
 
@@ -207,7 +207,7 @@ def test_what_a_map_cannot_do_is_said(cli: Cli, capsys: pytest.CaptureFixture[st
     assert cli("merge", "interpolate", "--experts", "tiny", "--base", "five", *out, "uniform") == 2
     assert cli("merge", "interpolate", "--experts", "whole", "--base", "five", *out, "prefix") == 2
     assert cli("merge", "average", "--experts", "tiny", *out, "prefix") == 2
-    words = ("--experts", "tiny", "whole", "--base", "base", "--depth", "expert")
+    words = ("--experts", "tiny", "whole", "--base", "base", "--depth", "small")
     assert cli("merge", "average", *words, *out, "uniform") == 2
     said = capsys.readouterr().err
     assert "A uniform layer map needs a multiple of 3 layers, but five has 5: name pairs." in said

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from mergectl import pipelines, smoke
+from mergectl import pipelines, smoke, steps
 from mergectl.benchmarks import qa7
 from mergectl.benchmarks._contract import with_suite
 from mergectl.errors import UserError
@@ -55,7 +55,15 @@ def test_a_smoke_run_has_the_same_steps_on_a_model_and_tasks_of_its_own(name: st
 @pytest.mark.parametrize("small", [False, True])
 def test_a_pipelines_experts_are_those_of_its_tasks(name: str, small: bool) -> None:
     settings = pipelines.load(name, {}, smoke=small).settings
-    assert settings["experts"] == [f"@experts/{task.split('/')[1]}" for task in settings["tasks"]]
+    experts, tasks = settings["experts"], settings["tasks"]
+    if isinstance(experts, str):  # a population, of which steps take these tasks alone
+        assert settings["layout"] == "merge-lm"
+    elif any("=" in expert for expert in experts):  # published ones, named by their tasks
+        own = {f"@experts/{task.split('/')[1]}": task for task in tasks}
+        assert [own.get(expert, expert.split("=")[0]) for expert in experts] == tasks
+        assert len(set(experts)) == len(tasks)
+    else:
+        assert experts == [f"@experts/{task.split('/')[1]}" for task in tasks]
 
 
 def test_pipelines_that_share_a_folder_train_the_same_experts() -> None:
@@ -164,9 +172,9 @@ def test_each_task_is_trained_with_its_own_settings(monkeypatch: pytest.MonkeyPa
         seen.append(what)
         return True
 
-    monkeypatch.setattr(pipelines, "_finetune", train)
+    monkeypatch.setattr(steps, "_finetune", train)
     step = {"tasks": ["a", "b"], "base": "x", "epochs": 1, "by_task": {"b": {"epochs": 2}, "c": {"epochs": 3}}}
-    assert pipelines._finetune_each(Lab(), Path(), step)
+    assert steps.finetune_each(Lab(), Path(), step)
     assert seen == [{"tasks": ["a"], "base": "x", "epochs": 1}, {"tasks": ["b"], "base": "x", "epochs": 2}]
 
 

@@ -1,0 +1,199 @@
+"""The supply `watch`: what a person sees of an adaptation, its checkpoint on disk, and what the run keeps of it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergectl import artefacts
+from mergectl.adaptation import FILE
+from mergectl.errors import UserError
+from mergectl.terminal import Progress, Terminal
+
+if TYPE_CHECKING:
+    import torch
+
+    from mergectl.store import Run
+
+POINTS, LOOKS = 100, 10  # of the entropy's course, and of that of ranks and coefficients
+SECONDS = 30.0  # between two checkpoints
+FORMAT = "1"
+TABLE = "adaptation.json"
+
+
+class LabWatch:
+    """Follows one adaptation; after a kill it gives back what was learned, and the rest goes as if nothing had been."""
+
+    def __init__(
+        self, names: Mapping[str, str], path: Path | None, terminal: Terminal, begin: Path | None = None
+    ) -> None:
+        """Take the tasks' ids by the experts' names, and a checkpoint's path that is no other adaptation's.
+
+        `begin` is a file of learned numbers to begin with.
+        """
+        shared = Counter(names.values())
+        self.names = {name: task if shared[task] == 1 else name for name, task in names.items()}
+        self.path, self.terminal, self.begin = path, terminal, begin
+        self.progress: Progress = lambda done, total, text: None
+        self.rows: list[tuple[str, float, str | None, int]] = []  # metrics: name, value, task, step
+        self.learned: Any = None  # the last that was heard of the adaptation
+        self.resumed = 0  # steps that an earlier process had done
+        self._since: list[dict[str, float]] = []  # entropies by task since the last point
+        self._looked = -1
+        self._saved = time.monotonic()
+
+    def resume(self) -> dict[str, torch.Tensor] | None:
+        """Return the state of the checkpoint, if there is a whole one, else what was learned elsewhere, if named."""
+        from safetensors import SafetensorError
+
+        state, facts = dict[str, Any](), dict[str, str]()
+        if self.path is not None:
+            with contextlib.suppress(FileNotFoundError, SafetensorError):
+                state, facts = _read(self.path)
+        if facts.get("format") != FORMAT:
+            return None if self.begin is None else self._begun(self.begin)
+        self.rows, self._since = [tuple(row) for row in json.loads(facts["rows"])], json.loads(facts["since"])
+        self.resumed = len(state["losses"])
+        self.terminal.say(f"goes on after step {self.resumed} of an adaptation that was cut short")
+        return state
+
+    def _begun(self, path: Path) -> dict[str, torch.Tensor]:
+        """Return numbers that were learned elsewhere as those of an adaptation without a step."""
+        import torch
+
+        found, facts = _read(path)
+        if (tasks := json.loads(facts["tasks"])) != [*self.names.values()]:
+            raise UserError(f"{path} was learned for {', '.join(tasks)}; name these experts in this order.")
+        numbers = found["numbers"]
+        rest = {"first": torch.zeros_like(numbers), "second": torch.zeros_like(numbers)}
+        return {"numbers": numbers, "losses": torch.zeros(0), **rest}
+
+    def __call__(self, learned: Any) -> None:
+        """Take note of a step, or of the end."""
+        self.learned = learned
+        if learned.done:
+            self._point(learned.step)
+            if self._looked != learned.step:
+                self._look(learned)
+            return
+        self._since.append(dict(learned.entropy.by_task))
+        if _due(learned, POINTS):
+            self._point(learned.step)
+        if _due(learned, LOOKS):
+            self._look(learned)
+            self.terminal.say(f"step {learned.step}/{learned.steps}: {self._line(learned)}")
+        every = learned.entropy.options.score_every
+        if every and learned.step % every == 0:
+            self._score(learned)
+        self.progress(learned.step, learned.steps, self._line(learned))
+        if self.path is not None and time.monotonic() - self._saved >= SECONDS:
+            self.save(learned, self.path)
+
+    @property
+    def saw(self) -> str:
+        """What was looked at, in the words that reports show."""
+        return f"unlabelled {self.learned.entropy.options.on} inputs"
+
+    def save(self, learned: Any, path: Path) -> None:
+        """Write the checkpoint beside its place and rename it."""
+        from safetensors.torch import save_file
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        work = path.with_name(f".{path.name}.{os.getpid()}")
+        facts = {"format": FORMAT, "rows": json.dumps(self.rows), "since": json.dumps(self._since)}
+        save_file(learned.state, work, metadata=facts)
+        artefacts.sync(work)
+        work.replace(path)
+        self._saved = time.monotonic()
+
+    def record(self, run: Run, folder: Path) -> None:
+        """Put what was learned into the run and into the model's folder; the checkpoint has had its day."""
+        for name, value, task, step in self.rows:
+            run.metric(name, value, task=task, step=step)
+        run.note("saw", self.saw)
+        run.note("adaptation", {"steps": self.learned.step, "resumed_after": self.resumed})
+        for path in self._write(folder):
+            run.artifact("adaptation", str(path.absolute()), bytes=path.stat().st_size)
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+    def _write(self, folder: Path) -> Iterator[Path]:
+        """Write the learned numbers, and a table of them for people."""
+        from safetensors.torch import save_file
+
+        learned, tasks = self.learned, [self.names[name] for name in self.learned.tasks]
+        parts = {"coefficient": learned.coefficients, "used": learned.used, "logits": learned.logits}
+        numbers = {f"{kind}.{name}": x.cpu().contiguous() for kind, own in parts.items() for name, x in own.items()}
+        numbers["numbers"] = learned.state["numbers"]
+        save_file(numbers, folder / FILE, metadata={"tasks": json.dumps(tasks)})
+        yield folder / FILE
+        table = {
+            "tasks": tasks, "steps": learned.step, "entropy": learned.losses[-1] if learned.losses else None,
+            "saw": self.saw,
+            "coefficients": {name: x.tolist() for name, x in learned.used.items()},
+            "kept_rank": {name: (x > 0).sum(dim=1).tolist() for name, x in learned.logits.items()},
+            "rank": {name: x.shape[1] for name, x in learned.logits.items()},
+        }  # fmt: skip
+        artefacts.write_json(folder / TABLE, table)
+        yield folder / TABLE
+
+    def _add(self, name: str, value: float, task: str | None, step: int) -> None:
+        self.rows.append((name, float(value), task, step))
+
+    def _point(self, step: int) -> None:
+        """Note the mean entropies since the last point."""
+        for task in self._since[0] if self._since else ():
+            self._add("adapt_entropy", math.fsum(one[task] for one in self._since) / len(self._since), task, step)
+        self._since = []
+
+    def _look(self, learned: Any) -> None:
+        """Note ranks and coefficients, by task and weight."""
+        self._looked = learned.step
+        for name, x in learned.logits.items():
+            for task, kept in zip(learned.tasks, (x > 0).sum(dim=1).tolist(), strict=True):
+                self._add(f"kept_rank:{name}", kept, self.names[task], learned.step)
+        for task, share in shares(learned).items():
+            self._add("kept_share", share, self.names[task], learned.step)
+        for name, x in learned.used.items():
+            for task, value in zip(learned.tasks, x.tolist(), strict=True):
+                self._add(f"coefficient:{name}", value, self.names[task], learned.step)
+
+    def _score(self, learned: Any) -> None:
+        """Score the weights of this moment on labelled rows of `tune`, for the eye alone."""
+        found = learned.entropy.score(learned.weights())
+        for task, value in found.items():
+            self._add("adapt_tune_score", value, task, learned.step)
+        words = ", ".join(f"{task} {value:.3f}" for task, value in found.items())
+        self.terminal.say(f"step {learned.step}/{learned.steps}: tune {words}")
+
+    def _line(self, learned: Any) -> str:
+        kept = ", ".join(f"{task} {share:.0%}" for task, share in shares(learned).items())
+        return f"entropy {learned.losses[-1]:.4f}" + (f", kept {kept}" if kept else "")
+
+
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors and the facts of a file."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+def _due(learned: Any, times: int) -> bool:
+    """Whether one of so many moments has come, spread over the steps."""
+    return bool(learned.step % max(1, learned.steps // times) == 0)
+
+
+def shares(learned: Any) -> dict[str, float]:
+    """The share of components that each task keeps, over all weights with masks."""
+    logits = learned.logits
+    total = sum(x.shape[1] for x in logits.values())
+    kept = {task: sum(int((x[i] > 0).sum()) for x in logits.values()) for i, task in enumerate(learned.tasks)}
+    return {task: count / total for task, count in kept.items()} if total else {}
