@@ -43,7 +43,8 @@ def test_a_dry_run_shows_all_steps_and_writes_nothing(cli: Cli, capsys: Capture,
 @pytest.mark.parametrize("name", SMALL)
 def test_a_smoke_run_has_the_same_steps_on_a_model_and_tasks_of_its_own(name: str) -> None:
     whole, small = pipelines.load(name, {}), pipelines.load(name, {}, smoke=True)
-    assert set(whole.smoke) <= set(whole.settings)
+    made = {key for key, value in whole.smoke.items() if pipelines.made(value)}  # may be what experts are found in
+    assert set(whole.smoke) - made <= set(whole.settings)
     assert [next(iter(step)) for step in small.steps] == [next(iter(step)) for step in whole.steps]
     assert small.settings["base"] == "@base"
     assert set(small.settings["tasks"]) <= set(whole.settings["tasks"])
