@@ -20,6 +20,7 @@ from mergectl.options import (
     command,
     given_calibration,
     given_settings,
+    hidden,
     setting_options,
 )
 from mergectl.publish import Target
@@ -97,10 +98,10 @@ def for_method(verb: str, method: str) -> tuple[Callable[..., Any], str, str]:
     def run(lab: Lab, **values: Any) -> None:
         function(lab, method, **values)
 
-    own = [
-        p for p in inspect.signature(function, eval_str=True).parameters.values() if p.name not in ("method", "values")
-    ]
-    run.__signature__ = inspect.Signature([p for p in own if p.kind is not inspect.Parameter.VAR_KEYWORD])  # type: ignore[attr-defined]
+    idle = () if "entropy" in info.supplies else ("adapt_on", "adapt")
+    own = inspect.signature(function, eval_str=True).parameters.values()
+    given = [hidden(p) if p.name in idle else p for p in own if p.name not in ("method", "values")]
+    run.__signature__ = inspect.Signature(given)  # type: ignore[attr-defined]
     paper = f"{info.title}. {info.paper}" if info.paper else info.title
     return command(run, options), info.summary, paper
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
@@ -140,6 +141,14 @@ def _option(setting: Setting, panel: str = "Settings", *, hidden: bool = False) 
         hidden=hidden,
     )
     return Annotated[list[str] | None, option]
+
+
+def hidden(parameter: inspect.Parameter) -> inspect.Parameter:
+    """An option that the help leaves out; a method that has no use for it says so."""
+    kind, option = get_args(parameter.annotation)
+    option = copy.copy(option)
+    option.hidden = True
+    return parameter.replace(annotation=Annotated[kind, option])
 
 
 def metavar(setting: Setting) -> str:

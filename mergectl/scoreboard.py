@@ -12,6 +12,8 @@ from mergectl.lab import Lab
 if TYPE_CHECKING:
     from mergectl.store import Table
 
+# What a model's making saw of the rows that score it: an adaptation unlabelled ones, a search even their labels.
+SAW = "SELECT run_id, key, value FROM environment WHERE key IN ('saw', 'searched_on') AND value LIKE '%report%'"
 RELATIVE = "SELECT coalesce(run_id, eval_run) AS run_id, task, relative_to_expert FROM leaderboard WHERE split = ?"
 
 
@@ -92,11 +94,16 @@ def read_board(lab: Lab, split: str, suite: str | None) -> Board:
     relative: dict[str, dict[str, float | None]] = {}
     for row in lab.store.query(RELATIVE, [split]).records():
         relative.setdefault(row["run_id"], {})[row["task"]] = row["relative_to_expert"]
-    return Board(split, tuple(groups_of(table, cost, relative)))
+    notes = lab.store.query(SAW).rows
+    saw = {run: value.strip('"') if key == "saw" else "labelled report inputs" for run, key, value in notes}
+    return Board(split, tuple(groups_of(table, cost, relative, saw)))
 
 
 def groups_of(
-    table: Table, cost: Mapping[str, Mapping[str, Any]], relative: Mapping[str, Mapping[str, float | None]]
+    table: Table,
+    cost: Mapping[str, Mapping[str, Any]],
+    relative: Mapping[str, Mapping[str, float | None]],
+    saw: Mapping[str, str],
 ) -> Iterable[Group]:
     """One group per base; a base that was itself fine-tuned stands with its merges only."""
     rows = table.records()
@@ -108,10 +115,12 @@ def groups_of(
             continue
         seen |= {row["run_id"] for row in own}
         there = tuple(task for task in tasks if any(row[task] is not None for row in own))
-        yield Group(base, there, _rows(own, there, cost, relative))
+        yield Group(base, there, _rows(own, there, cost, relative, saw))
 
 
-def _rows(own: Sequence[dict[str, Any]], tasks: Sequence[str], cost: Any, relative: Any) -> tuple[Row, ...]:
+def _rows(
+    own: Sequence[dict[str, Any]], tasks: Sequence[str], cost: Any, relative: Any, saw: Mapping[str, str]
+) -> tuple[Row, ...]:
     """The records of one base's models; the experts together store and took what they do one by one."""
     made: list[Row] = []
     for row in own:
@@ -121,8 +130,10 @@ def _rows(own: Sequence[dict[str, Any]], tasks: Sequence[str], cost: Any, relati
             parts = [cost.get(r["run_id"], {}) for r in own if r["kind"] == "expert"]
             took = {key: _sum(part.get(key) for part in parts) for key in ("bytes", "seconds")}
             shares = {task: 1.0 for task in tasks if (row[task] or 0) > 0}
+        seen = f" (saw: {saw[row['run_id']]})" if row["kind"] == "merged" and row["run_id"] in saw else ""
+        scores = {task: row[task] for task in tasks}
         made.append(
-            Row(row["kind"], str(row["model"]), recipe_of(row), row["method"], {task: row[task] for task in tasks},
+            Row(row["kind"], str(row["model"]), recipe_of(row) + seen, row["method"], scores,
                 {task: shares.get(task) if row[task] is not None else None for task in tasks}, row["average"],
                 row["relative"], row["normalised"], row["run_id"] or "", took.get("bytes"), took.get("seconds"))
         )  # fmt: skip

@@ -207,7 +207,7 @@ def test_a_run_keeps_what_was_learned_step_by_step(cli: Cli, population: Path) -
     assert [Path(path).name for (path,) in kinds] == ["adaptation.json", "adaptation.safetensors"]
 
 
-def test_what_was_looked_at_is_recorded(cli: Cli, population: Path) -> None:
+def test_what_was_looked_at_is_recorded(cli: Cli, population: Path, capsys: Any) -> None:
     assert cli(*words(population, "plain", "adamerging", "--steps", 1)) == 0
     assert cli(*words(population, "seen", "adamerging", "--steps", 1, "--adapt-on", "report")) == 0
     saw = store(
@@ -215,6 +215,13 @@ def test_what_was_looked_at_is_recorded(cli: Cli, population: Path) -> None:
         "WHERE e.key = 'saw' ORDER BY 1"
     )
     assert saw == [("plain", "tune", "unlabelled tune inputs"), ("seen", "report", "unlabelled report inputs")]
+    for model in ("plain", "seen"):
+        assert cli("eval", model) == 0
+    capsys.readouterr()
+    assert cli("report", "--md") == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "adamerging" in line]
+    assert ["saw: unlabelled report inputs" in line for line in lines if "plain" in line] == [False]
+    assert ["saw: unlabelled report inputs" in line for line in lines if "seen" in line] == [True]
     assert json.loads(Path("seen/mergectl.json").read_text())["output"]["options"] == {"adapt": {"on": "report"}}
     assert cli("merge", "--again", "seen") == 0
 
