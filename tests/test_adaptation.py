@@ -24,6 +24,7 @@ from mergectl.merging import MergeWarning
 from mergectl.models import quiet
 from mergectl.naming import live_tensors, match
 from mergectl.plan import recipe_of
+from mergectl.scoreboard import read_board
 from mergectl.verbs import merge_models
 from tests import population as tiny
 from tests import tiny_models as models
@@ -207,7 +208,7 @@ def test_a_run_keeps_what_was_learned_step_by_step(cli: Cli, population: Path) -
     assert [Path(path).name for (path,) in kinds] == ["adaptation.json", "adaptation.safetensors"]
 
 
-def test_what_was_looked_at_is_recorded(cli: Cli, population: Path, capsys: Any) -> None:
+def test_what_was_looked_at_is_recorded(cli: Cli, population: Path) -> None:
     assert cli(*words(population, "plain", "adamerging", "--steps", 1)) == 0
     assert cli(*words(population, "seen", "adamerging", "--steps", 1, "--adapt-on", "report")) == 0
     saw = store(
@@ -217,11 +218,9 @@ def test_what_was_looked_at_is_recorded(cli: Cli, population: Path, capsys: Any)
     assert saw == [("plain", "tune", "unlabelled tune inputs"), ("seen", "report", "unlabelled report inputs")]
     for model in ("plain", "seen"):
         assert cli("eval", model) == 0
-    capsys.readouterr()
-    assert cli("report", "--md") == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if "adamerging" in line]
-    assert ["saw: unlabelled report inputs" in line for line in lines if "plain" in line] == [False]
-    assert ["saw: unlabelled report inputs" in line for line in lines if "seen" in line] == [True]
+    rows = [row for group in read_board(Lab(), "report", None).groups for row in group.merged]
+    shown = {row.model: "(saw: unlabelled report inputs)" in row.recipe for row in rows}
+    assert shown == {"plain": False, "seen": True}
     assert json.loads(Path("seen/mergectl.json").read_text())["output"]["options"] == {"adapt": {"on": "report"}}
     assert cli("merge", "--again", "seen") == 0
 
