@@ -93,9 +93,10 @@ def command(function: Callable[..., Any], extra: Mapping[str, tuple[Any, Any]] |
 
 
 def _lab(common: Mapping[str, Any]) -> Lab:
-    place = {"store_url": common["store"]} if "://" in common["store"] else {"store_path": Path(common["store"])}
+    path = Path(common["store"])
+    place = {"store_path": path / "mergectl.duckdb" if path.is_dir() else path}
     return Lab(
-        **place,
+        **({"store_url": common["store"]} if "://" in common["store"] else place),
         data=common["data"],
         own_tasks=common["own_tasks"],
         device=common["device"],

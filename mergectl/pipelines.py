@@ -183,9 +183,22 @@ def check(lab: Lab, step: Mapping[str, Any], number: int) -> None:
     if "method" in what:
         given = what.get("settings") or what.get("fix") or {}
         recipe_of(what["method"], given, what.get("refine", []), lab.seed)
+    _check_options(f"Step {number} of the pipeline", what.get("options", {}))
     check_sampler(what.get("sampler", "random"))
     check_purpose(what.get("for", "none"), owned(what), check_grid(what.get("grid", {})), what.get("by_task", {}))
     lab.tasks([*words_of(what, "tasks"), *words_of(what, "on")])
+
+
+def _check_options(step: str, options: Mapping[str, Any]) -> None:
+    """Refuse unknown options of what the lab supplies, and those of adapting that make no sense."""
+    from mergectl.adaptation import read_options
+    from mergectl.calibration_options import every
+    from mergectl.supplies import GROUPS
+
+    for given, known in ((options, GROUPS), (options.get("calibration", {}), every())):
+        if unknown := [name for name in given if name not in known]:
+            raise UserError(f"{step} has no options '{unknown[0]}'.{did_you_mean(unknown[0], known)}")
+    read_options(options.get("adapt", {}))
 
 
 def _check_keys(step: str, verb: str, what: Any) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from mergectl import pipelines
+from mergectl.errors import UserError
 from mergectl.lab import Lab
 from mergectl.settings import settings_of
 from tests.conftest import Cli
@@ -272,3 +273,19 @@ def test_a_value_may_stand_inside_a_word_and_keeps_its_type_alone(population: Pa
     content["steps"] = [{"merge": {"out": "m${n}-x", "settings": {"scale": "${n}"}, "experts": "${list}"}}]
     (step,) = pipelines.load(str(write(content)), {"n": "4"}).steps
     assert step["merge"] == {"out": "m4-x", "settings": {"scale": 4}, "experts": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"calibrations": {}},
+        {"calibration": {"num_ada_exmples": 5}},
+        {"adapt": {"batch_size": 0}},
+        {"adapt": {"onn": 1}},
+    ],
+    ids=str,
+)
+def test_wrong_options_of_a_late_step_are_refused_before_the_first(options: dict[str, Any]) -> None:
+    step = {"merge": {"method": "adamerging", "experts": ["@a"], "out": "m", "options": options}}
+    with pytest.raises(UserError, match=r"no options '(calibrations|num_ada_exmples)'|--adapt (has no|batch_size)"):
+        pipelines.check(Lab(), step, 7)
