@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint install clean
+.PHONY: demo test test-slow lint install clean
 
 demo: install
 	$(BIN)/mergectl run digits
 
 test: lint
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto -m "not slow"
+
+# Kill tests, smoke runs of pipelines and other tests of several seconds each.
+test-slow: install
+	$(BIN)/python -m pytest -n auto -m slow
 
 lint: install
 	$(BIN)/ruff check .

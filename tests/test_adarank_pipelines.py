@@ -74,6 +74,7 @@ def test_settings_can_be_changed(cli: Cli) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2-ta", "roberta-cart", "b32-8-cart"])
 def test_a_pipeline_of_each_family_runs_on_tiny_models(cli: Cli, capsys: Capture, name: str) -> None:
     assert cli("run", f"adarank-{name}", "--smoke", "--quiet") == 0

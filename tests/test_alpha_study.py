@@ -286,6 +286,7 @@ def test_projections_of_a_distillation_are_noted_and_left_out(cli: Cli, here: Pa
     assert set(head_of("out")) == {"classifier.weight", "classifier.bias"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tinybert-sst2-imdb", "pave-emr-deberta"])
 def test_a_pipeline_of_the_studies_is_tried_offline(cli: Cli, capsys: Capture, name: str) -> None:
     assert cli("run", name, "--smoke") == 0

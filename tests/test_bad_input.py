@@ -287,6 +287,7 @@ def test_a_failed_run_keeps_its_row_with_the_error(cli: Cli, capsys: Capture, po
     assert row["status"] == "failed" and "no head for digits/loop" in row["error"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_exits_130_and_marks_the_run_cancelled(
     cli: Cli, capsys: Capture, population: Path, tmp_path: Path
 ) -> None:

@@ -129,6 +129,7 @@ def test_the_same_seed_gives_the_same_weights(vit: Path, tmp_path: Path) -> None
     assert not same_weights(tmp_path / "one", tmp_path / "other")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "facts"),
     [
@@ -156,6 +157,7 @@ def test_an_interrupted_training_ends_as_if_it_had_not_been(family: str, facts: 
     assert same_weights(tmp_path / "straight", tmp_path / "expert")
 
 
+@pytest.mark.slow
 def test_a_half_written_training_checkpoint_is_passed_over(vit: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         train(config(vit), tmp_path / "expert", progress=stop_at(14))

@@ -177,6 +177,7 @@ def test_a_model_that_writes_trains_only_what_it_owns(kind: str, tmp_path: Path)
     check_expert(tmp_path / "out", base, masks, "none")
 
 
+@pytest.mark.slow
 def test_an_interrupted_masked_training_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     base = tiny.base(tmp_path / "base", "bert")
     masks = random_masks(base, tmp_path / "masks")

@@ -119,6 +119,7 @@ def test_nothing_is_done_twice(ran: Path, cli: Cli, capsys: Capture, population:
     assert rows(cli, capsys, "select count(*) as n from runs") == [{"n": 5}]
 
 
+@pytest.mark.slow
 def test_after_a_kill_only_what_is_missing_is_done(
     cli: Cli, capsys: Capture, population: Path, monkeypatch: pytest.MonkeyPatch, done: Path
 ) -> None:
@@ -191,6 +192,7 @@ def test_a_reference_mask_says_which_model_it_was_made_against(
     assert noted[0]["value"] == found[0]["task"]
 
 
+@pytest.mark.slow
 def test_adapters_own_their_parts(cli: Cli, population: Path) -> None:
     words = [*PAIR, "--base", str(population / "base"), "--peft", "lora", "--lr", "1e-2"]
     assert cli(*words) == 0

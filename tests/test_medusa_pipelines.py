@@ -40,6 +40,7 @@ def test_side_by_side_all_seven_merges_are_made() -> None:
     assert merges[-1]["experts"] == ["@owned/cola", "@owned/rte"]
 
 
+@pytest.mark.slow
 def test_a_smoke_run_shows_that_owned_experts_do_not_collide(cli: Cli, capsys: Capture) -> None:
     assert cli("run", "medusa-joint", "--smoke") == 0
     folder = Path("lab/smoke/runs/medusa-joint")
@@ -57,6 +58,7 @@ def test_a_smoke_run_shows_that_owned_experts_do_not_collide(cli: Cli, capsys: C
     assert capsys.readouterr().err.count("already done") == 5
 
 
+@pytest.mark.slow
 def test_a_smoke_run_beside_a_finished_expert(cli: Cli) -> None:
     assert cli("run", "medusa-partial", "--smoke") == 0
     assert Path("lab/smoke/runs/medusa-partial/experts/masks/rte.safetensors").exists()

@@ -58,6 +58,7 @@ def test_every_weight_of_the_base_is_in_the_result_with_its_shape(cli: Cli, popu
     assert {n: w.shape for n, w in merged.items()} == {n: w.shape for n, w in base.items()}
 
 
+@pytest.mark.slow
 def test_plain_transformers_loads_the_result_without_mergectl(cli: Cli, population: Path, tmp_path: Path) -> None:
     assert cli("merge", "average", "--experts", population / "parity", population / "loop", "-o", "m") == 0
     code = (
@@ -70,6 +71,7 @@ def test_plain_transformers_loads_the_result_without_mergectl(cli: Cli, populati
     assert done.stdout.split("\n")[0] == f"[] [] {count}"
 
 
+@pytest.mark.slow
 def test_an_exported_task_loads_as_a_plain_classifier(cli: Cli, population: Path, tmp_path: Path) -> None:
     words = ["--experts", population / "parity", population / "loop", "--export", "loop", "-o", "one"]
     assert cli("merge", "emr", "--base", population / "base", *words) == 0

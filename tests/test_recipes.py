@@ -115,6 +115,7 @@ def test_a_smoke_run_works_offline_in_a_lab_of_its_own(cli: Cli, capsys: Capture
     assert found == {"eval": 2, "finetune": 2, "merge": 2, "search": 1, "trial": 2}
 
 
+@pytest.mark.slow
 def test_adapters_are_tried_too_by_a_smoke_run(cli: Cli) -> None:
     assert cli("run", "pcb-ia3", "--smoke", "--set", "trials=2") == 0
     assert Path("lab/smoke/runs/pcb-ia3/experts/copa/adapter/adapter_config.json").exists()
@@ -185,6 +186,7 @@ def test_a_wrong_setting_of_one_task_is_refused() -> None:
         pipelines.check(Lab(), step, 1)
 
 
+@pytest.mark.slow
 def test_a_vision_pipeline_is_tried_on_a_tiny_clip_and_tiny_images(cli: Cli, capsys: Capture) -> None:
     assert cli("run", "pcb-vit-b32-search", "--smoke") == 0
     folder = Path("lab/smoke/runs/pcb-vit-b32")

@@ -274,6 +274,7 @@ def test_bars_and_curves_stay_within_their_length() -> None:
     assert sparkline(list(map(float, range(1000))), 8) == "▁▂▃▄▅▆▇█"
 
 
+@pytest.mark.slow
 def test_pictures_for_papers_are_drawn(say: Say, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     names = {Path(line).name for line in say("--svg", "svg", "--png", "png").splitlines()}

@@ -588,6 +588,7 @@ def journal() -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+@pytest.mark.slow
 def test_a_search_killed_hard_finishes_with_every_candidate_once(
     cli: Cli, capsys: Capture, population: Path, tmp_path: Path
 ) -> None:
@@ -720,6 +721,7 @@ def test_joining_a_study_that_never_begins(cli: Cli, capsys: Capture) -> None:
     assert "No study 'mine'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_two_workers_and_one_that_joins_write_what_one_process_writes(
     cli: Cli, capsys: Capture, population: Path

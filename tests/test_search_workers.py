@@ -53,6 +53,7 @@ def kill_now_and_then(crew: Any, done: threading.Event, killed: list[int]) -> No
         os.kill(victim, signal.SIGKILL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["cmaes", "random"])
 def test_four_workers_of_whom_some_are_killed_do_what_one_does(
     sampler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -94,6 +94,7 @@ def server() -> Iterator[str]:
         yield url
 
 
+@pytest.mark.slow
 def test_the_verbs_work_on_a_server(cli: Cli, capsys: Capture, population: Path, server: str) -> None:
     store = ["--store", server, "--quiet"]
     experts = [population / "parity", population / "loop"]

@@ -328,6 +328,7 @@ def test_the_median_over_templates_counts_and_its_spread_is_told() -> None:
 # Training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_expert_learns_and_loads_as_it_was_scored(kind: str, tmp_path: Path) -> None:
     start = base(tmp_path / "base", kind)

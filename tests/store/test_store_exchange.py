@@ -73,6 +73,7 @@ def test_a_store_cannot_be_merged_into_itself_or_with_nothing(store: Store, tmp_
         store.merge(tmp_path / "nowhere")
 
 
+@pytest.mark.slow
 @settings(max_examples=3, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(name=st.text(max_size=8), value=st.floats(allow_nan=False, allow_infinity=False), seed=st.integers(0, 2**40))
 def test_parquet_brings_every_run_back_as_it_was(

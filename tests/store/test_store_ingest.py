@@ -53,6 +53,7 @@ def a_run(store: Store, **config: object) -> str:
     return run.id
 
 
+@pytest.mark.slow
 def test_processes_taking_turns_at_the_file_lose_no_row(store: Store, launch: Launch) -> None:
     told = told_by([launch(WRITER, writer, 6, "ingest") for writer in range(4)])
     assert (len(told), finished_in(store)) == (24, told)
@@ -69,6 +70,7 @@ def test_two_processes_writing_while_another_reads_lose_no_row(store: Store, lau
     assert (len(told), finished_in(store)) == (80, told)
 
 
+@pytest.mark.slow
 def test_killed_writers_and_ingesters_lose_no_acknowledged_run(store: Store, launch: Launch) -> None:
     dice = random.Random(0)
     told: set[str] = set()
