@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -292,7 +293,10 @@ def test_ctrl_c_exits_130_and_marks_the_run_cancelled(
     cli: Cli, capsys: Capture, population: Path, tmp_path: Path
 ) -> None:
     words = ["finetune", "digits/parity", "--base", str(population / "base"), "--epochs", "500", "-o", "runs"]
-    process = subprocess.Popen([sys.executable, "-m", "mergectl", *words], stderr=subprocess.PIPE, text=True)
+    # A suite that runs in the background of a shell hands down that Ctrl-C is to be ignored.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    command = [sys.executable, "-m", "mergectl", *words]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     deadline = time.monotonic() + 60
     while not list(Path("runs").glob(".parity.training/**/checkpoint-*")) and time.monotonic() < deadline:
         time.sleep(0.1)
