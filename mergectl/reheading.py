@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from mergectl.errors import UserError
 from mergectl.headers import WORD_TO_TORCH
 from mergectl.prefixes import headed_prefix_of, pooler_part
 from mergectl.refs import Reheaded, Stack
-from mergectl.weights import Checkpoint
+from mergectl.weights import Checkpoint, Derived
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +38,7 @@ def fresh_head(name: str, shape: tuple[int, ...], seed: int, spread: float = SPR
     return torch.randn(shape, generator=generator) * spread
 
 
-class HeadedModel(Checkpoint):
+class HeadedModel(Derived):
     """A model under a head policy, opened: everything else is read from the models that lend it."""
 
     def __init__(self, ref: Reheaded, model: Checkpoint, base: Checkpoint | None) -> None:
@@ -80,28 +80,13 @@ class HeadedModel(Checkpoint):
             return drawn.to(getattr(torch, WORD_TO_TORCH[self.model.dtype(name)]))
         if name in self._pooler and self._base is not None:
             return self._base[self._pooler[name]]
-        return self.model[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.model)
-
-    def __len__(self) -> int:
-        return len(self.model)
-
-    @property
-    def names(self) -> list[str]:
-        """Weight names."""
-        return self.model.names
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a weight, without reading it."""
-        return self.model.shape(name)
+        return super().__getitem__(name)
 
     def dtype(self, name: str) -> str:
         """The type of a weight, without reading it."""
         if name in self._pooler and self._base is not None:
             return self._base.dtype(self._pooler[name])
-        return self.model.dtype(name)
+        return super().dtype(name)
 
     def where(self, name: str) -> tuple[Path, int, int] | None:
         """The file, first byte and number of bytes of a weight; None for what is drawn."""
@@ -109,7 +94,7 @@ class HeadedModel(Checkpoint):
             return None
         if name in self._pooler and self._base is not None:
             return self._base.where(self._pooler[name])
-        return self.model.where(name)
+        return super().where(name)
 
     @cached_property
     def digest(self) -> str:
@@ -117,11 +102,6 @@ class HeadedModel(Checkpoint):
         lender = self._base.digest if self._pooler and self._base is not None else None
         parts = (self.model.digest, self.reheaded.policy, self.reheaded.seed, lender)
         return hashlib.sha256(repr(parts).encode()).hexdigest()
-
-    @property
-    def label(self) -> str:
-        """The model's name."""
-        return self.model.label
 
     def placed(self, place: Callable[[Checkpoint], str | Stack]) -> Reheaded:
         """Its reference, with the models that it is made of where `place` says."""

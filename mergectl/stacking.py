@@ -18,7 +18,7 @@ from mergectl.layers import Numbered, is_front, restacked, the_stack
 from mergectl.refs import Cut, Stack
 from mergectl.reheading import HeadedModel
 from mergectl.tokens import TOKENS, token_dim
-from mergectl.weights import Checkpoint
+from mergectl.weights import Checkpoint, Derived
 
 if TYPE_CHECKING:
     import torch
@@ -127,24 +127,13 @@ class Stacked(Checkpoint):
         return f"Made of layers, {self.ref}; the rest is that of {lenders}."
 
 
-class CutTokens(Checkpoint):
+class CutTokens(Derived):
     """A model without the last rows of its embeddings and heads."""
 
     def __init__(self, cut: Cut, model: Checkpoint) -> None:
         self.cut, self.model, self.ref = cut, model, str(cut)
         self.folder, self.meta = model.folder, model.meta
         self.config = model.config | ({"vocab_size": cut.rows} if "vocab_size" in model.config else {})
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.model)
-
-    def __len__(self) -> int:
-        return len(self.model)
-
-    @property
-    def names(self) -> list[str]:
-        """Weight names."""
-        return self.model.names
 
     def _rows(self, name: str) -> int | None:
         """How many rows a weight has in the model; None if all of them stay."""
@@ -156,10 +145,6 @@ class CutTokens(Checkpoint):
         """The shape of a weight, without reading it."""
         shape, dim = self.model.shape(name), token_dim(self.model.shape(name))
         return shape if self._rows(name) is None else (*shape[:dim], self.cut.rows, *shape[dim + 1 :])
-
-    def dtype(self, name: str) -> str:
-        """The type of a weight, without reading it."""
-        return self.model.dtype(name)
 
     def where(self, name: str) -> tuple[Path, int, int] | None:
         """The file, first byte and number of bytes of a weight; what is left of it lies at its beginning."""
@@ -174,11 +159,6 @@ class CutTokens(Checkpoint):
     def digest(self) -> str:
         """SHA-256 over the model's digest and the number of rows."""
         return hashlib.sha256(f"{self.model.digest} {self.cut.rows}".encode()).hexdigest()
-
-    @property
-    def label(self) -> str:
-        """The model's name."""
-        return self.model.label
 
     def note(self) -> str:
         """What a person should know of it."""

@@ -76,7 +76,8 @@ class Stream:
             raise UserError(f"Method '{self.info.name}' needs the base that the experts came from, and none was given.")
 
     def __iter__(self) -> Iterator[Piece]:
-        """Merge weight by weight; every piece is a whole weight."""
+        """Merge weight by weight; every piece is a whole weight, and its own."""
+        self._lends = False
         whole: Piece | None = None
         for piece in self._results(lambda piece: piece):
             if piece.start == 0 and piece.last:

@@ -120,6 +120,47 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         return found
 
 
+class Derived(Checkpoint):
+    """A model made from another one, `model`: whatever it does not say itself is as there."""
+
+    model: Checkpoint
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.model[name]
+
+    def __contains__(self, name: object) -> bool:
+        """Say whether there is such a weight, without reading it."""
+        return name in self.model
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.model)
+
+    def __len__(self) -> int:
+        return len(self.model)
+
+    @property
+    def names(self) -> list[str]:
+        """Weight names."""
+        return self.model.names
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a weight, without reading it."""
+        return self.model.shape(name)
+
+    def dtype(self, name: str) -> str:
+        """The type of a weight, without reading it."""
+        return self.model.dtype(name)
+
+    def where(self, name: str) -> tuple[Path, int, int] | None:
+        """The file, first byte and number of bytes of a weight; None where no file holds it as it is."""
+        return self.model.where(name)
+
+    @property
+    def label(self) -> str:
+        """The model's name."""
+        return self.model.label
+
+
 class WeightFile:
     """One weight file: its header at once, its tensors on demand."""
 

@@ -200,3 +200,17 @@ def test_a_needed_supply_that_is_missing_is_named(tmp_path: Any, monkeypatch: py
     monkeypatch.setenv("MERGECTL_PLUGINS", str(tmp_path))
     with pytest.raises(UserError, match="Method 'needy' needs 'grams'"):
         merge_weights("needy", BASE, EXPERTS)
+
+
+def test_the_pieces_of_a_merge_keep_their_numbers_while_it_goes_on() -> None:
+    base = {f"w{i}": torch.full((300,), float(i)) for i in range(40)}
+    experts = {"a": {name: w + 1 for name, w in base.items()}}
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        stream = merge_stream(Recipe("task_arithmetic", {"scale": 1.0}), base, experts)
+        assert sum(1 for _ in stream.run(lambda piece: None)) == 40
+        for _ in range(2):
+            assert [float(piece.weight[0]) for piece in list(stream)] == [i + 1.0 for i in range(40)]
+    finally:
+        torch.set_num_threads(before)

@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 
 from mergectl.checkpoints import open_checkpoint
 from mergectl.models import quiet
+from mergectl.refs import Cut, Reheaded
 from mergectl.vocabulary import vocabulary
+from tests import tiny_models as tiny
 from tests.conftest import Cli
 
 WORDS = ["<s>", "a", "b", "c"]
@@ -146,3 +148,14 @@ def test_vocabularies_are_read_from_the_files_that_people_have() -> None:
     Path("txt/vocab.txt").write_text("\n".join(WORDS) + "\n")
     found = [vocabulary(open_checkpoint(name)) for name in ("list", "json", "txt")]
     assert found == [{0: "<s>", 1: "a", 2: "b"}] * 3  # tokens without a row are left out
+
+
+@pytest.mark.parametrize(
+    "ref", [lambda path: Cut(path, 5), lambda path: Reheaded(path, "interpolate")], ids=["cut", "head"]
+)
+def test_a_model_made_of_another_says_which_weights_it_has(ref: Any, tmp_path: Path) -> None:
+    model = tiny.expert(tmp_path / "model", "bert")
+    made = open_checkpoint(ref(str(model)))
+    assert set(made) == set(made.names) == set(open_checkpoint(str(model)).names)
+    assert made.names[0] in made
+    assert "no.such.weight" not in made

@@ -199,3 +199,10 @@ def test_an_entry_above_the_bounds_is_not_taken_for_the_upper_one() -> None:
     parts = [_order.count_between(np.array([3.0, 2.0, 1.5, 1.0, 0.5], dtype=np.float32), [bound])[0]]
     found = [_order.kth_between(parts, bound, rank, 5) for rank in (1, 2, 3, 4, 5)]
     assert found[1:4] == [2.0, 1.5, 1.0] and math.isnan(found[0]) and math.isnan(found[4])
+
+
+@pytest.mark.parametrize("chance", [0.0, 0.4 / 65536, 0.3, 1 - 0.4 / 65536, 1.0])
+def test_a_chance_finer_than_sixteen_bits_is_kept(chance: float) -> None:
+    count = 1 << 22
+    taken = int(kernels.chosen(torch.Generator().manual_seed(7), chance, (count,)).sum(dtype=torch.float64))
+    assert abs(taken - chance * count) <= 5 * math.sqrt(count * chance * (1 - chance))
