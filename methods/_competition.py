@@ -1,6 +1,6 @@
 """How entries of task vectors compete for a weight (PCB-Merging): figures of the whole model, then weight by weight.
 
-`released` and `published` read the model for their figures and return a function: one weight of all tasks to the
+`released` and `published` read the model for their figures and return a contest: of one weight of all tasks it says the
 values that are averaged and each value's share in the average (0: dropped). Sums over tasks run in float64.
 """
 
@@ -15,11 +15,10 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from mergectl.methods import _kernels
+from mergectl.methods import _fused, _kernels
 from mergectl.methods._task_vectors import TaskVectors, chunks
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
-Compete: TypeAlias = "Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]"
 Inter: TypeAlias = "Callable[[torch.Tensor, torch.Tensor], torch.Tensor]"
 
 
@@ -30,6 +29,32 @@ class Rules:
     winsor: float
     ratio: float
     premask: float
+
+
+@dataclass(frozen=True)
+class Contest:
+    """A competition whose figures of the whole model are known.
+
+    Magnitudes are clipped to `clip`; with `edges`, a share is a score's place between them, from 0 to 1."""
+
+    score: Callable[[torch.Tensor], torch.Tensor]
+    share: Callable[[torch.Tensor], torch.Tensor]  # of scores, which it may overwrite
+    clip: tuple[Sequence[float], Sequence[float]]
+    edges: tuple[Sequence[float], Sequence[float]] | None = None
+
+    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the values of one weight of all tasks, and their shares."""
+        return winsorised(x, *self.clip), self.share(self.score(x))
+
+    def average(self, x: torch.Tensor, scales: Sequence[float], floor: float) -> torch.Tensor:
+        """Return the sum over tasks of scale * share * value, divided by the sum of shares or, if larger, the floor."""
+        if self.edges is None or not _fused.fits(x):
+            return average(*self(x), scales, floor)
+        scores, result = self.score(x), torch.empty_like(x[0])
+        bounds = np.array([*self.clip, *self.edges], dtype=np.float32).T.copy()
+        rows = _fused.rows_of(x), _fused.rows_of(scores)
+        _fused.average(*rows, bounds, np.array(scales), floor, result.view(-1).numpy())
+        return result
 
 
 def winsor_ranks(share: float, count: int) -> tuple[int, int]:
@@ -83,7 +108,7 @@ def with_each_ranked(x: torch.Tensor, ranked: torch.Tensor) -> torch.Tensor:
     return result.to(x.dtype)
 
 
-def released(inter: Inter, vectors: TaskVectors, rules: Rules) -> Compete:
+def released(inter: Inter, vectors: TaskVectors, rules: Rules) -> Contest:
     """Compete as in the released code: score exp(n u^2) * inter, u the winsorised magnitude normalised to [0, 1].
 
     The share is the score, normalised between the first one dropped and the largest.
@@ -92,16 +117,27 @@ def released(inter: Inter, vectors: TaskVectors, rules: Rules) -> Compete:
     lows, highs, *floors = _magnitudes(vectors, rules)
 
     def score(x: torch.Tensor) -> torch.Tensor:
+        if inter in (with_all, with_all_ranked) and _fused.fits(x):
+            return _premasked(_scores(x, lows, highs, inter is with_all_ranked), x, floors)
         u = normalised(x.abs(), lows, highs)
         intra = u.square().sub_(1).mul_(n).exp_()  # exp(n u^2) up to a constant: that overflows from 89 tasks on
         return _premasked(inter(x, u * x.sign()).mul_(intra), x, floors)
 
     edges = [[drop_rank(rules.ratio, count)] * n, [1] * n]
     dropped, largest = vectors.map(lambda name, x: score(x)).kth_largest(edges)
-    return lambda x: (winsorised(x, lows, highs), normalised(score(x), dropped, largest))
+
+    return Contest(score, lambda found: normalised(found, dropped, largest), (lows, highs), edges=(dropped, largest))
 
 
-def published(vectors: TaskVectors, rules: Rules) -> Compete:
+def _scores(x: torch.Tensor, lows: Sequence[float], highs: Sequence[float], ranked: bool) -> torch.Tensor:
+    """Return the released code's scores, their exponents made in one pass."""
+    inter, intra = torch.empty_like(x), torch.empty_like(x)
+    rows, pulls, heats = (_fused.rows_of(part) for part in (x, inter, intra))
+    _fused.exponents(rows, np.array(lows, np.float32), np.array(highs, np.float32), ranked, pulls, heats)
+    return inter.tanh_().mul_(intra.exp_())
+
+
+def published(vectors: TaskVectors, rules: Rules) -> Contest:
     """Compete as printed: score softmax(n N(t t)) * sum over t' of softmax(N(t t')); a score that is kept is the share.
 
     N normalises to [0, 1] and both run over the whole model: its least and largest products and its sums of
@@ -138,11 +174,10 @@ def published(vectors: TaskVectors, rules: Rules) -> Compete:
 
     (dropped,) = vectors.map(lambda name, x: score(x)).kth_largest([[drop_rank(rules.ratio, count)] * n])
 
-    def compete(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        shares = score(x)
-        return winsorised(x, lows, highs), shares.mul_(shares >= _kernels.column(dropped, x))
+    def share(found: torch.Tensor) -> torch.Tensor:
+        return found.mul_(found >= _kernels.column(dropped, found))
 
-    return compete
+    return Contest(score, share, (lows, highs))
 
 
 def average(values: torch.Tensor, shares: torch.Tensor, scales: Sequence[float], floor: float) -> torch.Tensor:
@@ -155,7 +190,7 @@ def _magnitudes(vectors: TaskVectors, rules: Rules) -> list[list[float]]:
     """Return per task the bounds of magnitudes and, with a premask, the least that may compete."""
     n, count = len(vectors.tasks), vectors.numel
     ranks = [*winsor_ranks(rules.winsor, count), *([premask_rank(rules.premask, count)] if rules.premask > 0 else [])]
-    return vectors.map(lambda name, x: x.abs()).kth_largest([[rank] * n for rank in ranks])
+    return vectors.kth_magnitudes([[rank] * n for rank in ranks])
 
 
 def _premasked(score: torch.Tensor, x: torch.Tensor, floors: Sequence[Sequence[float]]) -> torch.Tensor:

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from mergectl.methods import _fused
+
 # A share such as 1 - 0.8 lies a few units of 2**-53 below the number that was meant, and so may its product with a
 # count: 7600 * (1 - 0.8) is 1519.9999999999998. That much is forgiven before rounding down.
 SLACK = 2.0**-51
@@ -106,6 +108,9 @@ def elect_by_mass(x: torch.Tensor) -> torch.Tensor:
 
     It is that of the sum in float64, which is taken only where rounding could change the sign of one in float32.
     """
+    if _fused.fits(x):
+        _fused.elect_by_mass(_fused.rows_of(x), (sign := torch.empty_like(x[0])).view(-1).numpy())
+        return sign
     if x.dtype != torch.float32:
         return total(x).sign_().to(x.dtype)
     sums, mass, size = plain_sum(x), x[0].abs(), torch.empty_like(x[0])
@@ -186,6 +191,11 @@ def agreeing_mean(x: torch.Tensor, sign: torch.Tensor | None) -> torch.Tensor:
 
 def _agreeing_sums(x: torch.Tensor, sign: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the sum over tasks of the entries that agree, and how many there are."""
+    if sign is not None and _fused.fits(x):
+        sums, votes = torch.empty_like(x[0]), torch.empty_like(x[0])
+        flat = [row.reshape(-1).numpy() for row in (sign, sums, votes)]
+        _fused.agreeing_sums(_fused.rows_of(x), *flat)
+        return sums, votes
     sums, votes = torch.zeros_like(x[0]), torch.zeros_like(x[0])
     part = torch.empty_like(x[0])
     for row in x:

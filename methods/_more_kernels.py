@@ -73,7 +73,7 @@ class Edge:
 def edges(part: TaskVectors, skips: Sequence[int], counts: Sequence[int]) -> list[list[Edge]]:
     """Return for each task the smallest and the largest magnitude of a weight's `count` entries after `skip`."""
     ends = [[skip + count for skip, count in zip(skips, counts, strict=True)], [skip + 1 for skip in skips]]
-    values = part.map(lambda name, x: x.abs()).kth_largest(ends)
+    values = part.kth_magnitudes(ends)
     pairs = [sorted({values[0][task], values[1][task]}) for task in range(len(part.tasks))]
 
     def count(rows: Array) -> list[list[tuple[int, int]]]:

@@ -16,6 +16,7 @@ import torch
 from mergectl.methods import _order
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
+Form: TypeAlias = "Callable[[Array], Array]"  # of rows of numbers: what their order is asked of
 
 _CHUNK = 1 << 17  # elements summed at once: a sum is the same whether weights come whole or in blocks
 _TOGETHER = 1 << 22  # elements per task that are looked at together, for the order of their magnitudes
@@ -173,8 +174,11 @@ class TaskVectors(Mapping[str, "torch.Tensor"]):
 
     def kth_magnitude(self, ranks: Sequence[int]) -> list[float]:
         """Return each task's k-th largest magnitude over all weights, exactly; infinity for k = 0."""
-        found = self.map(lambda name, x: x.abs()).kth_largest([ranks])[0]
-        return [max(value, 0.0) for value in found]
+        return [max(value, 0.0) for value in self.kth_magnitudes([ranks])[0]]
+
+    def kth_magnitudes(self, ranks: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Do what `kth_largest` does, for magnitudes."""
+        return self._kth(ranks, np.abs)
 
     def kth_largest(self, ranks: Sequence[Sequence[int]]) -> list[list[float]]:
         """Return for each list of ranks (one per task) each task's k-th largest entry over all weights, exactly.
@@ -183,22 +187,26 @@ class TaskVectors(Mapping[str, "torch.Tensor"]):
         which bounds an entry must lie; one pass counts what is above them and collects what is between. Where a bound
         was wrong, two passes count the bit patterns by their halves instead.
         """
+        return self._kth(ranks, np.asarray)
+
+    def _kth(self, ranks: Sequence[Sequence[int]], form: Form) -> list[list[float]]:
+        """Find them among what a function makes of each row."""
         if self.numel <= _TOGETHER:
-            return self._kth_together(ranks)
-        bounds = self._bounds(ranks)
-        counts = self.gather(lambda rows: [_order.count_between(row, bounds[t]) for t, row in enumerate(rows)])
+            return self._kth_together(ranks, form)
+        bounds = self._bounds(ranks, form)
+        counts = self.gather(lambda rows: [_order.count_between(form(row), bounds[t]) for t, row in enumerate(rows)])
         found = [[math.nan] * len(self.tasks) for _ in ranks]
         for place, wanted in enumerate(ranks):
             for task, rank in enumerate(wanted):
                 parts = [unit[task][place] for unit in counts]
                 found[place][task] = _order.kth_between(parts, bounds[task][place], rank, self.numel)
         for place in (place for place, values in enumerate(found) if any(math.isnan(value) for value in values)):
-            exact = self._reach([float(rank) for rank in ranks[place]], None)
+            exact = self._reach([float(rank) for rank in ranks[place]], None, form)
             pairs = zip(found[place], exact, strict=True)
             found[place] = [value if math.isnan(known) else known for known, value in pairs]
         return found
 
-    def _kth_together(self, ranks: Sequence[Sequence[int]]) -> list[list[float]]:
+    def _kth_together(self, ranks: Sequence[Sequence[int]], form: Form) -> list[list[float]]:
         """Find them among all entries, one task after the other."""
         rows: Array = np.empty((len(self.tasks), self.numel), dtype=np.float32)
         ends = np.cumsum([math.prod(shape) for shape in self.shapes.values()])
@@ -206,7 +214,8 @@ class TaskVectors(Mapping[str, "torch.Tensor"]):
 
         def fill(name: str) -> None:
             part = self._numbers(self._read(name))
-            rows[:, starts[name] : starts[name] + part.shape[1]] = part
+            for row, numbers in zip(rows, part, strict=True):
+                row[starts[name] : starts[name] + len(numbers)] = form(numbers)
 
         for _ in self._spread(fill, list(self)):
             pass
@@ -214,7 +223,7 @@ class TaskVectors(Mapping[str, "torch.Tensor"]):
         found = list(self._spread(lambda t: _order.kth_of(rows[t], [wanted[t] for wanted in ranks]), tasks))
         return [[found[task][place] for task in tasks] for place in range(len(ranks))]
 
-    def _bounds(self, ranks: Sequence[Sequence[int]]) -> list[list[tuple[float, float]]]:
+    def _bounds(self, ranks: Sequence[Sequence[int]], form: Form) -> list[list[tuple[float, float]]]:
         """Return per task, for each of its ranks, bounds that hold that entry almost surely."""
         some = self.only(list(self)[:: max(1, min(4, len(self) // 16))])
         step = max(1, some.numel // _SAMPLED)
@@ -224,7 +233,7 @@ class TaskVectors(Mapping[str, "torch.Tensor"]):
         samples: Array = np.empty((len(self.tasks), sum(counts)), dtype=np.float32)
 
         def fill(name: str, x: torch.Tensor) -> None:
-            part = self._numbers(x)[:, ::step]
+            part = form(self._numbers(x)[:, ::step])
             samples[:, starts[name] : starts[name] + part.shape[1]] = part
 
         some.survey(fill)
@@ -238,23 +247,28 @@ class TaskVectors(Mapping[str, "torch.Tensor"]):
         norms = self.square_norms()
         # The slack keeps a share that is met exactly from being missed by the rounding of the sums.
         targets = [n * s * (1 - 1e-13) if s < 1 else math.inf for s, n in zip(shares, norms, strict=True)]
-        return [max(value, 0.0) for value in self.map(lambda name, x: x.abs())._reach(targets, np.square)]
+        return [max(value, 0.0) for value in self._reach(targets, np.square, np.abs)]
 
-    def _reach(self, targets: Sequence[float], weigh: Callable[[Array], Array] | None) -> list[float]:
+    def _reach(self, targets: Sequence[float], weigh: Callable[[Array], Array] | None, form: Form) -> list[float]:
         """Return per task the entry from which on the larger ones weigh the target together (or number it)."""
-        upper = self._histogram(weigh, None)
+        upper = self._histogram(weigh, None, form)
         found = [_order.reach(row, target) for row, target in zip(upper, targets, strict=True)]
-        lower = self._histogram(weigh, [bucket for bucket, _ in found])
+        lower = self._histogram(weigh, [bucket for bucket, _ in found], form)
         keys = [(bucket << 16) + _order.reach(row, rest)[0] for (bucket, rest), row in zip(found, lower, strict=True)]
         return [_order.entry_of(key) if target > 0 else math.inf for key, target in zip(keys, targets, strict=True)]
 
-    def _histogram(self, weigh: Callable[[Array], Array] | None, within: Sequence[int] | None) -> Array:
+    def _histogram(
+        self,
+        weigh: Callable[[Array], Array] | None,
+        within: Sequence[int] | None,
+        form: Form,
+    ) -> Array:
         """Return per task and half of a bit pattern how many entries there are, or what they weigh."""
         result = np.zeros((len(self.tasks), 1 << 16))
         for name in self:
             for task, row in enumerate(self._numbers(self._read(name))):
                 for part in chunks(row):
-                    result[task] += _order.histogram(part, weigh, None if within is None else within[task])
+                    result[task] += _order.histogram(form(part), weigh, None if within is None else within[task])
         return result
 
 

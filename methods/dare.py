@@ -77,8 +77,10 @@ def refine(
     scales = [1 / (1 - share) if rescale else 1.0 for share in drops.values()]
 
     def drop_entries(name: str, x: torch.Tensor) -> torch.Tensor:
-        rows = zip(task_vectors.tasks, x, strict=True)
-        return torch.stack([row * keep(task, name, row) for task, row in rows])
+        rest = torch.empty_like(x)
+        for task, row, kept in zip(task_vectors.tasks, x, rest, strict=True):
+            torch.mul(row, keep(task, name, row), out=kept)
+        return rest
 
     rest = task_vectors.map(drop_entries)
     if rescale and rescale_to == "l1":

@@ -22,9 +22,10 @@ import warnings
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 import torch
 
-from mergectl.methods import _kernels
+from mergectl.methods import _fused, _kernels
 from mergectl.methods._contract import MergeWarning, OneOf
 
 if TYPE_CHECKING:
@@ -52,10 +53,8 @@ def merge(
     sizes: dict[str, list[tuple[float, float]]] = {}
 
     def unify(name: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        unified, agreeing = elect(x)
-        masks = _kernels.positive(agreeing)
+        unified, masks, own, left = united(x)
         share = RESCALERS[rescaler](max(task_vectors.weight_of(name)[1], 1))
-        own, left = _kernels.row_sums(x.abs()), _kernels.row_sums(agreeing.mul_(unified.abs()))
         sizes[name] = [(share * whole, share * rest) for whole, rest in zip(own, left, strict=True)]
         return unified, masks
 
@@ -70,6 +69,18 @@ def merge(
                 stacklevel=2,
             )
     return {"rescalers": torch.tensor([own / left if left > 0 else 1.0 for own, left in pairs], dtype=torch.float64)}
+
+
+def united(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[float], list[float]]:
+    """Return the unified vector, the masks, and per task the sums of magnitudes of its own and of the masked vector."""
+    if _fused.fits(x):
+        unified, masks = torch.empty_like(x[0]), torch.empty_like(x, dtype=torch.bool)
+        own, left = np.zeros((2, len(x), _fused.STRETCH))
+        _fused.unify(_fused.rows_of(x), unified.view(-1).numpy(), _fused.rows_of(masks), own, left)
+        return unified, masks, own.sum(axis=1).tolist(), left.sum(axis=1).tolist()
+    unified, agreeing = elect(x)
+    masks = _kernels.positive(agreeing)
+    return unified, masks, _kernels.row_sums(x.abs()), _kernels.row_sums(agreeing.mul_(unified.abs()))
 
 
 def elect(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

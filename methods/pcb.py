@@ -39,7 +39,7 @@ class Variant:
     """One form of the algorithm, as the released programs or the publication have it."""
 
     winsor: float  # the share clipped where none is given
-    compete: Callable[[TaskVectors, _competition.Rules], _competition.Compete]
+    compete: Callable[[TaskVectors, _competition.Rules], _competition.Contest]
     floor: float  # least sum of shares that is divided by
 
 
@@ -78,12 +78,12 @@ def merge(
     part = changed(part) if domain == "changed" else part
     counted = repeated(part, copies or {}) if count_tied == "each" else part
     rules = _competition.Rules(form.winsor if winsor is None else winsor, ratio, premask)
-    compete = form.compete(counted, rules) if len(part) else None
+    contest = form.compete(counted, rules) if len(part) else None
 
     def merged(name: str, x: torch.Tensor) -> torch.Tensor:
-        if compete is None or name not in part:
+        if contest is None or name not in part:
             return torch.zeros_like(x[0])
-        return _competition.average(*compete(x), scales, form.floor)
+        return contest.average(x, scales, form.floor)
 
     return task_vectors.each(merged)
 

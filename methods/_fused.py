@@ -1,0 +1,171 @@
+"""Loops over very many numbers, compiled when they are first used: one pass where tensor operations take ten.
+
+Each gives what tensor operations in `_kernels`, `_competition` and `emr` give, which serve small weights and other
+devices: the same float32 numbers. Rows are [task, elements] of float32 in main memory. A loop goes through stretches
+that stay in the processor's nearest cache, task by task, so that the compiler can use the widest registers.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any, TypeAlias, TypeVar, cast
+
+import numpy as np
+import torch
+
+Array: TypeAlias = "np.ndarray[Any, Any]"
+Loop = TypeVar("Loop", bound=Callable[..., Any])
+
+LEAST = 1 << 18  # elements from which on a loop saves more than the compiler's start costs a whole merge
+STRETCH = 1024
+ZERO, ONE = np.float32(0), np.float32(1)
+_lock = threading.Lock()
+
+
+def fits(x: torch.Tensor) -> bool:
+    """Say whether the loops can serve these numbers, and are worth it."""
+    return x.numel() >= LEAST and x.dtype == torch.float32 and x.device.type == "cpu" and x.is_contiguous()
+
+
+def rows_of(x: torch.Tensor) -> Array:
+    """Return the same memory as [task, elements]."""
+    rows: Array = x.detach().reshape(len(x), -1).numpy()
+    return rows
+
+
+def compiled(loop: Loop) -> Loop:
+    """Return the loop as machine code, made at the first call and kept on disk where that is possible."""
+
+    @functools.cache
+    def machine_code() -> Callable[..., Any]:
+        import numba
+
+        try:
+            return cast("Callable[..., Any]", numba.njit(loop, nogil=True, cache=True, error_model="numpy"))
+        except RuntimeError:  # no folder that may be written
+            return cast("Callable[..., Any]", numba.njit(loop, nogil=True, error_model="numpy"))
+
+    @functools.wraps(loop)
+    def run(*given: Any) -> Any:
+        with _lock:
+            code = machine_code()
+        return code(*given)
+
+    return cast("Loop", run)
+
+
+@compiled
+def elect_by_mass(rows: Array, out: Array) -> None:
+    """Give the sign of each sum over rows, taken in float64."""
+    sums = np.empty(STRETCH, np.float64)
+    for start in range(0, rows.shape[1], STRETCH):
+        size = min(STRETCH, rows.shape[1] - start)
+        sums[:size] = 0
+        for task in range(rows.shape[0]):
+            row = rows[task, start : start + size]
+            for i in range(size):
+                sums[i] += row[i]
+        for i in range(size):
+            out[start + i] = (ONE if sums[i] > 0 else ZERO) - (ONE if sums[i] < 0 else ZERO)
+
+
+@compiled
+def agreeing_sums(rows: Array, sign: Array, sums: Array, votes: Array) -> None:
+    """Sum the entries that have the elected sign, and count them."""
+    for start in range(0, rows.shape[1], STRETCH):
+        size = min(STRETCH, rows.shape[1] - start)
+        elected, mass, count = sign[start : start + size], sums[start : start + size], votes[start : start + size]
+        mass[:] = 0
+        count[:] = 0
+        for task in range(rows.shape[0]):
+            row = rows[task, start : start + size]
+            for i in range(size):
+                part = row[i] * elected[i]
+                mass[i] += part if part > 0 else ZERO
+                count[i] += ONE if part > 0 else ZERO
+        for i in range(size):
+            mass[i] *= elected[i]
+
+
+@compiled
+def unify(rows: Array, unified: Array, masks: Array, own: Array, left: Array) -> None:
+    """Give the largest entry that has the sign of the sum over rows (minus for none), and where rows have that sign.
+
+    `own` and `left`, [task, STRETCH], collect each row's magnitudes and those of `unified` where the row agrees.
+    """
+    sums, sign, most = np.empty(STRETCH, np.float64), np.empty(STRETCH, np.float32), np.empty(STRETCH, np.float32)
+    for start in range(0, rows.shape[1], STRETCH):
+        size = min(STRETCH, rows.shape[1] - start)
+        sums[:size] = 0
+        most[:size] = 0
+        for task in range(rows.shape[0]):
+            row = rows[task, start : start + size]
+            for i in range(size):
+                sums[i] += row[i]
+        for i in range(size):
+            sign[i] = ONE if sums[i] > 0 else -ONE
+        for task in range(rows.shape[0]):
+            row, mask = rows[task, start : start + size], masks[task, start : start + size]
+            for i in range(size):
+                part = row[i] * sign[i]
+                mask[i] = part > 0
+                most[i] = max(most[i], part)
+        for task in range(rows.shape[0]):
+            row, mine, rest = rows[task, start : start + size], own[task], left[task]
+            for i in range(size):
+                mine[i] += abs(row[i])
+                rest[i] += most[i] if row[i] * sign[i] > 0 else ZERO
+        for i in range(size):
+            unified[start + i] = most[i] * sign[i] + ZERO
+
+
+@compiled
+def exponents(rows: Array, lows: Array, highs: Array, ranked: bool, inter: Array, intra: Array) -> None:
+    """Give each entry times the sum over rows, and n (u^2 - 1), u the magnitude from 0 at a low to 1 at a high bound.
+
+    With `ranked` the sum is that of signed u.
+    """
+    sums, power = np.empty(STRETCH, np.float64), np.float32(rows.shape[0])
+    for start in range(0, rows.shape[1], STRETCH):
+        size = min(STRETCH, rows.shape[1] - start)
+        sums[:size] = 0
+        for task in range(rows.shape[0]):
+            row, heat = rows[task, start : start + size], intra[task, start : start + size]
+            low, high = lows[task], highs[task]
+            span, flat = high - low, not high > low
+            for i in range(size):
+                u = ZERO if flat else (min(max(abs(row[i]), low), high) - low) / span
+                signed = (u if row[i] > 0 else ZERO) - (u if row[i] < 0 else ZERO)
+                sums[i] += signed if ranked else row[i]
+                heat[i] = (u * u - ONE) * power
+        for task in range(rows.shape[0]):
+            row, pull = rows[task, start : start + size], inter[task, start : start + size]
+            for i in range(size):
+                pull[i] = row[i] * np.float32(sums[i])
+
+
+@compiled
+def average(rows: Array, scores: Array, bounds: Array, scales: Array, floor: float, out: Array) -> None:
+    """Average entries clipped in magnitude, by scores that count from 0 at a low to 1 at a high bound.
+
+    `bounds` has per task those of magnitudes and those of scores: [task, 4]. The sum of shares is at least the floor.
+    """
+    top, shares = np.empty(STRETCH, np.float64), np.empty(STRETCH, np.float64)
+    for start in range(0, rows.shape[1], STRETCH):
+        size = min(STRETCH, rows.shape[1] - start)
+        top[:size] = 0
+        shares[:size] = 0
+        for task in range(rows.shape[0]):
+            row, score = rows[task, start : start + size], scores[task, start : start + size]
+            low, high, first, last = bounds[task]
+            span, flat, scale = last - first, not last > first, scales[task]
+            for i in range(size):
+                share = ZERO if flat else (min(max(score[i], first), last) - first) / span
+                clipped = min(max(abs(row[i]), low), high)
+                value = (clipped if row[i] > 0 else ZERO) - (clipped if row[i] < 0 else ZERO)
+                top[i] += np.float64(value) * share * scale
+                shares[i] += share
+        for i in range(size):
+            out[start + i] = top[i] / max(shares[i], floor)

@@ -1,0 +1,107 @@
+"""The compiled loops give what the tensor operations give, whatever the numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import hypothesis.extra.numpy as arrays
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mergectl.methods import _competition, _fused, _kernels, emr
+from mergectl.methods._task_vectors import TaskVectors
+
+# Longer than a stretch; few values, so that there are draws and zeros, or any.
+few = st.sampled_from([-1.5, -1.0, -0.25, 0.0, 0.25, 1.0, 1.5])
+any_number = st.floats(-100, 100, width=32)
+STACKS = st.tuples(st.integers(1, 5), st.sampled_from([1, _fused.STRETCH, _fused.STRETCH + 7])).flatmap(
+    lambda shape: st.sampled_from([few, any_number]).flatmap(
+        lambda numbers: arrays.arrays(np.float32, shape, elements=numbers, fill=numbers)
+    )
+)
+
+
+def both(work: Callable[[], object]) -> tuple[object, object]:
+    """What a function gives without and with the loops."""
+    found = []
+    for least in (1 << 62, 1):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_fused, "LEAST", least)
+            found.append(work())
+    return found[0], found[1]
+
+
+def assert_same(work: Callable[[], tuple[torch.Tensor, ...]]) -> None:
+    plain, fused = both(work)
+    assert isinstance(plain, tuple) and isinstance(fused, tuple)
+    for a, b in zip(plain, fused, strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+
+
+@settings(deadline=None, max_examples=20)
+@given(STACKS)
+def test_the_elected_sign_is_the_same(x: np.ndarray) -> None:
+    assert_same(lambda: (_kernels.elect_by_mass(torch.from_numpy(x)),))
+
+
+@settings(deadline=None, max_examples=20)
+@given(STACKS, st.sampled_from([_kernels.agreeing_mean, _kernels.agreeing_sum]))
+def test_agreeing_entries_have_the_same_sum_and_mean(
+    x: np.ndarray, combine: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+) -> None:
+    rows = torch.from_numpy(x)
+    sign = _kernels.elect_by_mass(rows.flip(1))
+    assert_same(lambda: (combine(rows, sign),))
+
+
+@settings(deadline=None, max_examples=20)
+@given(STACKS)
+def test_unified_vector_and_masks_are_the_same_and_sums_as_good(x: np.ndarray) -> None:
+    rows = torch.from_numpy(x)
+    assert_same(lambda: emr.united(rows)[:2])
+    plain, fused = both(lambda: emr.united(rows)[2:])
+    np.testing.assert_allclose(np.array(fused), np.array(plain), rtol=1e-6)
+    np.testing.assert_allclose(fused[0], np.abs(x.astype(np.float64)).sum(axis=1), rtol=1e-12)  # type: ignore[index]
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    STACKS,
+    st.sampled_from([_competition.with_all, _competition.with_all_ranked, _competition.with_each_ranked]),
+    st.sampled_from([0.0, 0.01, 0.25]),
+    st.sampled_from([0.1, 0.5, 1.0]),
+    st.sampled_from([0.0, 0.3]),
+)
+def test_competition_ends_alike(
+    x: np.ndarray, inter: _competition.Inter, winsor: float, ratio: float, premask: float
+) -> None:
+    rows = torch.from_numpy(x)
+    tasks = [str(number) for number in range(len(x))]
+    vectors = TaskVectors(tasks, {"w": x.shape[1:]}, {"w": rows}.__getitem__)
+    rules = _competition.Rules(winsor, ratio, premask)
+    scales = [1.2 - 0.3 * number for number in range(len(x))]
+    assert_same(lambda: (_competition.released(inter, vectors, rules).average(rows, scales, 1e-12),))
+
+
+def test_what_the_loops_cannot_serve_is_left_to_tensor_operations() -> None:
+    x = torch.zeros(2, _fused.LEAST)
+    assert _fused.fits(x)
+    assert not any(_fused.fits(other) for other in (x.double(), x.bfloat16(), x.T, x[:, :9], x.to("meta")))
+
+
+def test_loops_are_kept_in_memory_only_where_no_folder_may_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    numba = pytest.importorskip("numba")
+    made = []
+
+    def njit(loop: Callable[..., int], **options: object) -> Callable[..., int]:
+        if options.get("cache"):
+            raise RuntimeError("cannot cache function: no locator available")
+        made.append(options)
+        return loop
+
+    monkeypatch.setattr(numba, "njit", njit)
+    assert _fused.compiled(lambda: 3)() == 3
+    assert len(made) == 1
