@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -74,7 +76,8 @@ def open_family(
     by_task = {short: expert for short, (_, expert) in zip(shorts, opened, strict=True)}
     base_ref = base_ref or _own_base(by_task)
     base = open_checkpoint(base_ref, find_run) if base_ref else opened[0][1]
-    population = line_up(base, by_task)
+    with _digesting([base, *by_task.values()]):
+        population = line_up(base, by_task)
     stacked = {note: None for model in (base, *by_task.values()) for note in _made_of(model)}
     fused = [model.note() for model in (base, *by_task.values()) if isinstance(model, VisionTower) and model.fused]
     population = replace(population, notes=(*stacked, *fused, *population.notes))
@@ -86,6 +89,21 @@ def open_family(
     return Family(
         base, by_task, known, population, base_ref is not None, _inputs(base if base_ref else None, by_task, known)
     )
+
+
+@contextlib.contextmanager
+def _digesting(models: Sequence[Checkpoint]) -> Iterator[None]:
+    """Have the models' digests taken meanwhile: importing torch keeps one processor busy for longer than that."""
+
+    def digest() -> None:
+        with contextlib.suppress(Exception):  # told where the digest is needed
+            for model in models:
+                _ = model.digest
+
+    worker = threading.Thread(target=digest, name="digests", daemon=True)
+    worker.start()
+    yield
+    worker.join()
 
 
 def _made_of(model: Checkpoint) -> Iterator[str]:

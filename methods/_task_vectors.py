@@ -237,7 +237,8 @@ class TaskVectors(Mapping[str, "torch.Tensor"]):
             samples[:, starts[name] : starts[name] + part.shape[1]] = part
 
         some.survey(fill)
-        samples.sort(axis=1)
+        for _ in self._spread(lambda sample: sample.sort(), list(samples)):
+            pass
         return [
             [_order.bounds(sample, wanted[task], self.numel) for wanted in ranks] for task, sample in enumerate(samples)
         ]
