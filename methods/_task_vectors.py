@@ -16,7 +16,7 @@ import torch
 from mergectl.methods import _order
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
-Form: TypeAlias = "Callable[[Array], Array]"  # of rows of numbers: what their order is asked of
+Form: TypeAlias = np.ufunc  # of rows of numbers: makes that of which the order is asked
 
 _CHUNK = 1 << 17  # elements summed at once: a sum is the same whether weights come whole or in blocks
 _TOGETHER = 1 << 22  # elements per task that are looked at together, for the order of their magnitudes
@@ -187,7 +187,7 @@ class TaskVectors(Mapping[str, "torch.Tensor"]):
         which bounds an entry must lie; one pass counts what is above them and collects what is between. Where a bound
         was wrong, two passes count the bit patterns by their halves instead.
         """
-        return self._kth(ranks, np.asarray)
+        return self._kth(ranks, np.positive)
 
     def _kth(self, ranks: Sequence[Sequence[int]], form: Form) -> list[list[float]]:
         """Find them among what a function makes of each row."""
@@ -215,7 +215,7 @@ class TaskVectors(Mapping[str, "torch.Tensor"]):
         def fill(name: str) -> None:
             part = self._numbers(self._read(name))
             for row, numbers in zip(rows, part, strict=True):
-                row[starts[name] : starts[name] + len(numbers)] = form(numbers)
+                form(numbers, out=row[starts[name] : starts[name] + len(numbers)])
 
         for _ in self._spread(fill, list(self)):
             pass
