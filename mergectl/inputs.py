@@ -67,8 +67,7 @@ class Inputs:
         self.blocks: dict[str, Block] = {}
         self.unchanged = set(self.tasks)
         self.room: Room = _fresh  # where what is read is put
-        self._seen: set[str] = set()  # weights whose task vectors or experts were looked at once
-        self._sound: set[str] = set()  # weights of the base that were
+        self._seen: set[str] = set()
         self._last = threading.local()  # the base's weight that a thread read last
         self._readers = {id(model): BlockReader(model) for model in self._models()}
         for task, expert in experts.items():
@@ -115,15 +114,6 @@ class Inputs:
         weight: torch.Tensor = self._last.weight
         return weight
 
-    def sound_base_weight(self, name: str) -> torch.Tensor:
-        """Read one weight of the base for a method that looks at it; refuse what is not finite."""
-        weight = self.base_weight(name)
-        if name not in self._sound:
-            if not math.isfinite(float(weight.sum())):
-                self._refuse_infinite(name)
-            self._sound.add(name)
-        return weight
-
     def weights(self, name: str) -> torch.Tensor:
         """Read one weight of all experts: [task, *shape]."""
         import torch
@@ -161,6 +151,8 @@ class Inputs:
     def _check(self, name: str, rows: torch.Tensor, deltas: torch.Tensor | None) -> None:
         """The first time a weight is read: refuse what is not finite, and note who is unchanged."""
         if not math.isfinite(float(rows.sum())):  # a sum of finite numbers may overflow, so look again
+            self._refuse_infinite(name)
+        if self.base is not None and deltas is None and not math.isfinite(float(self.base_weight(name).sum())):
             self._refuse_infinite(name)
         if self.base is not None and rows.numel():
             for task, row in zip(self.tasks, rows if deltas is None else deltas, strict=True):

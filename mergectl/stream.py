@@ -221,7 +221,7 @@ class Stream:
         offers: dict[str, Any] = {
             "task_vectors": vectors if have_base else None,
             "experts": vectors.reading(weights),
-            "base": vectors.reading(inputs.sound_base_weight, ("base",)) if have_base else None,
+            "base": vectors.reading(inputs.base_weight, ("base",)) if have_base else None,
             "rng": generators(self.recipe.seed, stream),
             **{name: self.supplies.get(name) for name in GIVEN},
         }

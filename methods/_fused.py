@@ -20,7 +20,6 @@ Loop = TypeVar("Loop", bound=Callable[..., Any])
 
 LEAST = 1 << 18  # elements from which on a loop saves more than the compiler's start costs a whole merge
 STRETCH = 1024
-ZERO, ONE = np.float32(0), np.float32(1)
 _lock = threading.Lock()
 
 
@@ -68,7 +67,9 @@ def elect_by_mass(rows: Array, out: Array) -> None:
             for i in range(size):
                 sums[i] += row[i]
         for i in range(size):
-            out[start + i] = (ONE if sums[i] > 0 else ZERO) - (ONE if sums[i] < 0 else ZERO)
+            out[start + i] = (np.float32(1) if sums[i] > 0 else np.float32(0)) - (
+                np.float32(1) if sums[i] < 0 else np.float32(0)
+            )
 
 
 @compiled
@@ -83,8 +84,8 @@ def agreeing_sums(rows: Array, sign: Array, sums: Array, votes: Array) -> None:
             row = rows[task, start : start + size]
             for i in range(size):
                 part = row[i] * elected[i]
-                mass[i] += part if part > 0 else ZERO
-                count[i] += ONE if part > 0 else ZERO
+                mass[i] += part if part > 0 else np.float32(0)
+                count[i] += np.float32(1) if part > 0 else np.float32(0)
         for i in range(size):
             mass[i] *= elected[i]
 
@@ -105,7 +106,7 @@ def unify(rows: Array, unified: Array, masks: Array, own: Array, left: Array) ->
             for i in range(size):
                 sums[i] += row[i]
         for i in range(size):
-            sign[i] = ONE if sums[i] > 0 else -ONE
+            sign[i] = np.float32(1) if sums[i] > 0 else -np.float32(1)
         for task in range(rows.shape[0]):
             row, mask = rows[task, start : start + size], masks[task, start : start + size]
             for i in range(size):
@@ -116,9 +117,9 @@ def unify(rows: Array, unified: Array, masks: Array, own: Array, left: Array) ->
             row, mine, rest = rows[task, start : start + size], own[task], left[task]
             for i in range(size):
                 mine[i] += abs(row[i])
-                rest[i] += most[i] if row[i] * sign[i] > 0 else ZERO
+                rest[i] += most[i] if row[i] * sign[i] > 0 else np.float32(0)
         for i in range(size):
-            unified[start + i] = most[i] * sign[i] + ZERO
+            unified[start + i] = most[i] * sign[i] + np.float32(0)
 
 
 @compiled
@@ -136,10 +137,10 @@ def exponents(rows: Array, lows: Array, highs: Array, ranked: bool, inter: Array
             low, high = lows[task], highs[task]
             span, flat = high - low, not high > low
             for i in range(size):
-                u = ZERO if flat else (min(max(abs(row[i]), low), high) - low) / span
-                signed = (u if row[i] > 0 else ZERO) - (u if row[i] < 0 else ZERO)
+                u = np.float32(0) if flat else (min(max(abs(row[i]), low), high) - low) / span
+                signed = (u if row[i] > 0 else np.float32(0)) - (u if row[i] < 0 else np.float32(0))
                 sums[i] += signed if ranked else row[i]
-                heat[i] = (u * u - ONE) * power
+                heat[i] = (u * u - np.float32(1)) * power
         for task in range(rows.shape[0]):
             row, pull = rows[task, start : start + size], inter[task, start : start + size]
             for i in range(size):
@@ -162,9 +163,9 @@ def average(rows: Array, scores: Array, bounds: Array, scales: Array, floor: flo
             low, high, first, last = bounds[task]
             span, flat, scale = last - first, not last > first, scales[task]
             for i in range(size):
-                share = ZERO if flat else (min(max(score[i], first), last) - first) / span
+                share = np.float32(0) if flat else (min(max(score[i], first), last) - first) / span
                 clipped = min(max(abs(row[i]), low), high)
-                value = (clipped if row[i] > 0 else ZERO) - (clipped if row[i] < 0 else ZERO)
+                value = (clipped if row[i] > 0 else np.float32(0)) - (clipped if row[i] < 0 else np.float32(0))
                 top[i] += np.float64(value) * share * scale
                 shares[i] += share
         for i in range(size):
