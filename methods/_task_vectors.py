@@ -16,7 +16,7 @@ import torch
 from mergectl.methods import _order
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
-Form: TypeAlias = np.ufunc  # of rows of numbers: makes that of which the order is asked
+Form: TypeAlias = "np.ufunc"  # of rows of numbers: makes that of which the order is asked
 
 _CHUNK = 1 << 17  # elements summed at once: a sum is the same whether weights come whole or in blocks
 _TOGETHER = 1 << 22  # elements per task that are looked at together, for the order of their magnitudes
