@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from statistics import fmean
 from typing import Any
 
 from mergectl.store.errors import StoreError
@@ -70,7 +70,7 @@ def _row(scored: dict[str, Cell], columns: list[str], population: list[str]) -> 
     newest = list(scored.values())[-1]
     whole = all(task in scored for task in population)
     means = [
-        fmean(values) if whole and (values := _values(scored, population, key)) else None
+        math.fsum(values) / len(values) if whole and (values := _values(scored, population, key)) else None
         for key in ("score", "relative_to_expert", "normalised")
     ]
     scores = [scored[task]["score"] if task in scored else None for task in columns]

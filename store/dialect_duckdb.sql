@@ -33,6 +33,12 @@ SELECT r.run_id, ltrim(t.fullkey, '$.') AS key,
 FROM runs r CROSS JOIN json_tree(r.config) t
 WHERE t.type NOT IN ('OBJECT', 'ARRAY') OR t.value::VARCHAR IN ('{}', '[]');
 
+-- The settings that a run noted because its config does not have them, one row per setting.
+CREATE VIEW chosen_leaves AS
+SELECT e.run_id, t.key, t.value ->> '$' AS value
+FROM environment e CROSS JOIN json_each(as_json(e.value)) t
+WHERE e.key = 'settings' AND kind_of(as_json(e.value)) = 'object' AND kind_of(t.value) <> 'null';
+
 -- A run's row with what hangs on it as JSON.
 CREATE VIEW whole_runs AS
 SELECT r.*,

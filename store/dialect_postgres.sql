@@ -65,6 +65,12 @@ SELECT run_id, ltrim(key, '.') AS key, CASE WHEN json_typeof(value) <> 'null' TH
         THEN (value #>> '{}')::double precision END AS number
 FROM walk WHERE json_typeof(value) NOT IN ('object', 'array') OR value::text IN ('{}', '[]');
 
+CREATE VIEW chosen_leaves AS
+SELECT e.run_id, t.key, t.value #>> '{}' AS value
+FROM environment e CROSS JOIN LATERAL json_each(
+    CASE WHEN json_typeof(as_json(e.value)) = 'object' THEN as_json(e.value) ELSE '{}' END) t
+WHERE e.key = 'settings' AND json_typeof(t.value) <> 'null';
+
 CREATE VIEW whole_runs AS
 SELECT r.*,
     (SELECT json_agg(json_build_object('role', role, 'task', task, 'ref', ref, 'digest', digest, 'run_id', parent_run))

@@ -118,10 +118,9 @@ def checked(document: Any) -> Document:
 
 def rows_of(document: Document) -> dict[str, list[Row]]:
     """Return the rows of one document, table by table."""
-    found: dict[str, list[Row]] = {"runs": [_row("runs", document)]}
-    key = {"run_id": document["run_id"]}
+    found: dict[str, list[Row]] = {"runs": _rows("runs", [document], document["run_id"])}
     for table in ("inputs", "metrics", "artifacts"):
-        found[table] = [_row(table, entry | key) for entry in document.get(table) or ()]
+        found[table] = _rows(table, document.get(table) or (), document["run_id"])
     environment: Mapping[str, Any] = document.get("environment") or {}
     found["environment"] = [
         (document["run_id"], name, value if value is None or isinstance(value, str) else json.dumps(value))
@@ -130,10 +129,13 @@ def rows_of(document: Document) -> dict[str, list[Row]]:
     return found
 
 
-def _row(table: str, entry: Mapping[str, Any]) -> Row:
-    return tuple(
-        None if (value := entry.get(column)) is None else convert(value) for column, convert in _CONVERTERS[table]
-    )
+def _rows(table: str, entries: Iterable[Mapping[str, Any]], name: str) -> list[Row]:
+    """Return a row of one run for each entry; the first column is the run's id."""
+    columns = _CONVERTERS[table]
+    return [
+        (name, *[None if (value := entry.get(column)) is None else convert(value) for column, convert in columns])
+        for entry in entries
+    ]
 
 
 def _converter(column: str) -> Callable[[Any], Any]:
@@ -147,4 +149,4 @@ def _converter(column: str) -> Callable[[Any], Any]:
     return datetime.datetime.fromisoformat if column in _TIMES else str
 
 
-_CONVERTERS = {table: [(column, _converter(column)) for column in columns] for table, columns in COLUMNS.items()}
+_CONVERTERS = {table: [(column, _converter(column)) for column in columns[1:]] for table, columns in COLUMNS.items()}

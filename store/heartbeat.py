@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import platform
@@ -16,30 +17,67 @@ STALE = 60.0  # seconds without a touch after which a run on another machine cou
 
 
 class Heartbeat:
-    """A daemon thread that touches a file every few seconds until stopped."""
+    """A run's file, which a thread of the process touches every few seconds until the run ends."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._stop = threading.Event()
-        path.write_text(json.dumps(here()), encoding="utf-8")
-        self._thread = threading.Thread(target=self._beat, name=f"heartbeat-{path.name}", daemon=True)
-        self._thread.start()
+        with open(path, "wb", buffering=0) as handle:
+            handle.write(_here(os.getpid()))
+        _PULSE.add(path)
 
     def stop(self) -> None:
         """Stop touching the file and remove it."""
-        self._stop.set()
+        _PULSE.discard(self.path)
         with contextlib.suppress(OSError):
             self.path.unlink(missing_ok=True)
 
+
+class _Pulse:
+    """The files that this process touches, and the daemon thread that does so for all of them."""
+
+    def __init__(self) -> None:
+        self._paths: set[Path] = set()
+        self._thread: threading.Thread | None = None
+        self._guard = threading.Lock()
+
+    def forget(self) -> None:
+        """Begin anew in a fork, which has no thread and whose parent's runs are not its own."""
+        self._paths, self._thread, self._guard = set(), None, threading.Lock()
+
+    def add(self, path: Path) -> None:
+        with self._guard:
+            self._paths.add(path)
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+                self._thread.start()
+
+    def discard(self, path: Path) -> None:
+        with self._guard:
+            self._paths.discard(path)
+
     def _beat(self) -> None:
-        while not self._stop.wait(INTERVAL):
-            with contextlib.suppress(OSError):  # a full or missing disk must not stop the work
-                os.utime(self.path)
+        while True:
+            time.sleep(INTERVAL)
+            with self._guard:
+                paths = list(self._paths)
+            for path in paths:
+                with contextlib.suppress(OSError):  # a full or missing disk must not stop the work
+                    os.utime(path)
+
+
+_PULSE = _Pulse()
+os.register_at_fork(after_in_child=_PULSE.forget)
+
+
+@functools.cache
+def _here(pid: int) -> bytes:
+    """Return what a heartbeat file holds; a fork is another process."""
+    return json.dumps({"machine": machine(), "pid": pid, "born": _born(pid)}).encode()
 
 
 def here() -> dict[str, Any]:
     """Return what identifies this process: its machine, number, and moment of birth where the system tells it."""
-    return {"machine": machine(), "pid": os.getpid(), "born": _born(os.getpid())}
+    return dict(json.loads(_here(os.getpid())))
 
 
 def machine() -> str:

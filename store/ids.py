@@ -22,25 +22,40 @@ def run_id(identity: Iterable[object], attempt: int) -> str:
 def reserve(places: Places, identity: Iterable[object]) -> tuple[str, int]:
     """Return a run id nobody has, and its attempt number; two processes asking at once get different ones.
 
-    The ids given out stand in one file, which also answers while the database is busy or broken.
+    The ids given out stand in one file, which also answers while the database is busy or broken. It is synced (`keep`)
+    before any segment leaves the inbox; until then a power cut may cost it lines, but not the segments of these runs.
     """
     identity = tuple(identity)
     try:
         handle = _open(places)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
-            known = places.ids.read_bytes()
+            known = os.pread(handle, os.fstat(handle).st_size, 0)
             attempt = 1
-            while b"\n" + run_id(identity, attempt).encode() in known:
+            while _taken(places, found := run_id(identity, attempt), known):
                 attempt += 1
-            found = run_id(identity, attempt)
             os.write(handle, b"\n" + found.encode())
-            os.fsync(handle)
         finally:
             os.close(handle)
     except OSError as error:
         raise StoreError(f"A run cannot be registered in {places.ids}: {error.strerror}.") from error
     return found, attempt
+
+
+def _taken(places: Places, name: str, known: bytes) -> bool:
+    inbox = os.fspath(places.inbox)
+    return b"\n" + name.encode() in known or any(
+        os.path.exists(f"{inbox}/{name}{stage}.json") for stage in ("", ".started")
+    )
+
+
+def keep(places: Places) -> None:
+    """Make the ids given out so far last through a power cut."""
+    handle = _open(places)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def note(places: Places, names: Iterable[str]) -> None:

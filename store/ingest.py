@@ -7,6 +7,8 @@ missing database is made from the archive, so whatever was ever archived is ther
 from __future__ import annotations
 
 import contextlib
+import math
+import time
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -16,7 +18,7 @@ from mergectl.store import heartbeat, migrate, postgres, segments
 from mergectl.store.database import attach, attached, first_line
 from mergectl.store.documents import COLUMNS, Document, Row, began, is_final, rows_of
 from mergectl.store.errors import StoreError
-from mergectl.store.ids import run_id
+from mergectl.store.ids import keep, run_id
 from mergectl.store.lock import PATIENCE, hold
 from mergectl.store.places import Places
 
@@ -50,6 +52,14 @@ def ingest(places: Places, *, wait: float = PATIENCE, most: int | None = None) -
         if not made and not places.database.exists():
             _create(places)
         return _take_in(places, most)
+
+
+def age(places: Places) -> float:
+    """Return how many seconds ago some process last wrote to the database file."""
+    try:
+        return abs(time.time() - places.database.stat().st_mtime)
+    except OSError:
+        return math.inf
 
 
 def bury(places: Places) -> None:
@@ -108,6 +118,7 @@ def _take_in(places: Places, most: int | None = None) -> int:
         if found:
             with _book(places) as book:
                 changed += put_rows(book, [document for _, document in found])
+            keep(places)
         for path, document in found:
             _put_away(places, path, document)
     segments.pack(places)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from mergectl.store.errors import StoreError
@@ -27,27 +28,27 @@ class Places:
         """The store as messages name it."""
         return str(self.database) if self.server is None else shown_url(self.server)
 
-    @property
+    @cached_property
     def inbox(self) -> Path:
         """Segments that are safe on disk and not yet in the database."""
         return self._beside("inbox")
 
-    @property
+    @cached_property
     def archive(self) -> Path:
         """Segments that are in the database: what it can be rebuilt from."""
         return self._beside("archive")
 
-    @property
+    @cached_property
     def heartbeats(self) -> Path:
         """One file per living run, touched by it every few seconds."""
         return self._beside("heartbeats")
 
-    @property
+    @cached_property
     def lock(self) -> Path:
         """Held shared to read the database, exclusive to write it."""
         return self._beside("store.lock")
 
-    @property
+    @cached_property
     def ids(self) -> Path:
         """Every run id ever given out, one per line, so that no two runs get the same."""
         return self._beside("ids")
@@ -56,7 +57,8 @@ class Places:
         """Make the folders that writing needs."""
         try:
             for folder in (self.inbox, self.archive, self.heartbeats):
-                folder.mkdir(parents=True, exist_ok=True)
+                if not os.path.isdir(folder):
+                    folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StoreError(f"The lab folder {self.database.parent} cannot be written: {error.strerror}.") from error
 

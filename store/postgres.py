@@ -26,6 +26,7 @@ DIALECT = Path(__file__).parent / "dialect_postgres.sql"
 SCHEMA = "mergectl"  # a schema of our own: Optuna's tables in the same database have names like ours
 LOCK = 0x6D65726765  # of the server's advisory locks, the one that writers take: "merge"
 PATIENCE = 10  # seconds to wait for a server
+SPECIAL = ("pg_read_server_files", "pg_write_server_files", "pg_execute_server_program")  # superusers have them all
 WRITERS = 60_000  # milliseconds to wait for other writers
 
 # A question's pieces: texts and names in quotes and comments stay as they are, a ? or $name becomes the next number.
@@ -81,10 +82,16 @@ class ServerBook:
 def ask(
     url: str, sql: str, params: Sequence[Any] | Mapping[str, Any], limit: float | None
 ) -> tuple[list[str], list[tuple[Any, ...]]]:
-    """Answer one SELECT in a transaction that may only read, as a role that reads tables and no files."""
+    """Answer one SELECT in a transaction that may only read, as a role that reads tables and no files.
+
+    Questions with a limit are the user's own words, which a login with special rights may not ask: a function could
+    give it these rights back while the question is answered.
+    """
     psycopg = driver()
     text, values = numbered(sql, params)
     with reading(url, limit) as connection, _as_table(connection) as cursor:
+        if limit is not None:
+            _refuse_special(connection)
         try:
             cursor.execute(f"DECLARE answer NO SCROLL CURSOR FOR {text}", values, prepare=True)
             cursor.execute("FETCH ALL FROM answer")
@@ -194,6 +201,16 @@ def _migrate(connection: Connection) -> None:
     connection.execute(migrate.views_text(DIALECT))
     connection.execute("DELETE FROM views_version")
     connection.execute("INSERT INTO views_version VALUES (%s)", [migrate.views_digest(DIALECT)])
+
+
+def _refuse_special(connection: Connection) -> None:
+    """Raise where the login may read or write files of the server or begin programs there, as a superuser may."""
+    member = "SELECT session_user::text FROM unnest(%s::text[]) AS role WHERE pg_has_role(session_user, role, 'MEMBER')"
+    if found := connection.execute(member, [list(SPECIAL)]).fetchall():
+        raise StoreError(
+            f"The login '{found[0][0]}' can reach the server's own files, so it may not ask questions in SQL. "
+            "Log in as a role without special rights, such as CREATE ROLE lab LOGIN makes."
+        )
 
 
 def _as_table(connection: Connection) -> psycopg.RawCursor[tuple[Any, ...]]:

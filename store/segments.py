@@ -42,11 +42,12 @@ def write_durably(path: Path, data: bytes) -> None:
     """Write a file beside its place, sync it, rename it, and sync the folder."""
     beside = path.parent / f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp"
     try:
-        with beside.open("wb") as handle:
-            handle.write(data)
-            handle.flush()
+        with open(beside, "wb", buffering=0) as handle:
+            rest = memoryview(data)
+            while rest:
+                rest = rest[handle.write(rest) :]
             os.fsync(handle.fileno())
-        beside.replace(path)
+        os.replace(beside, path)
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
@@ -65,7 +66,8 @@ def sync_folder(folder: Path) -> None:
 
 def waiting(folder: Path) -> list[Path]:
     """Return the segments in a folder by name; a file being written is not one yet."""
-    return sorted(path for path in folder.glob("*.json") if not path.name.startswith(".")) if folder.is_dir() else []
+    names = os.listdir(folder) if folder.is_dir() else []
+    return [folder / name for name in sorted(names) if name.endswith(".json") and not name.startswith(".")]
 
 
 def read(path: Path) -> Document | None:
@@ -117,8 +119,9 @@ def pack(places: Places) -> None:
         connection.execute("CREATE TABLE packed (run_id VARCHAR, status VARCHAR, segment VARCHAR)")
         with connection.appender("packed") as rows:
             for path in paths:
-                document = json.loads(path.read_bytes())  # looked at when its rows were written
-                rows.append_row(document["run_id"], document["status"], json.dumps(document))
+                text = path.read_text(encoding="utf-8")  # looked at when its rows were written
+                document = json.loads(text)
+                rows.append_row(document["run_id"], document["status"], text)
         connection.execute(f"COPY packed TO {quoted(beside)} (FORMAT parquet, COMPRESSION zstd)")
     _sync(beside)
     beside.replace(target)

@@ -20,7 +20,7 @@ from mergectl.store.places import Places, locate, shown_url
 from mergectl.store.query import Table, asking, query
 from mergectl.store.run import Run
 
-PAUSE = 2.0  # seconds at least between a process's own ingests; the segments are safe meanwhile
+PAUSE = 2.0  # seconds at least between ingests by the way, of all processes; the segments are safe meanwhile
 SHARE = 10  # so many times as long as an ingest took a process does its own work before the next
 FEW = 200  # segments that a process takes in by the way
 
@@ -157,9 +157,9 @@ class Store:
 
     def _ingest_soon(self) -> None:
         """Ingest if the lock is free and the last time is not a moment ago; the run itself is safe already."""
-        if time.monotonic() < self._next_ingest and self.places.server is None:
-            return
         began = time.monotonic()
+        if self.places.server is None and (began < self._next_ingest or ingest.age(self.places) < PAUSE):
+            return
         try:
             ingest.ingest(self.places, wait=0.0 if self.places.server is None else 1.0, most=FEW)
         except StoreError as error:  # a broken or busy file is told to whoever reads next

@@ -220,14 +220,16 @@ WITH facts AS (
     UNION ALL
     SELECT run_id, 2, 'setting', key, value FROM settings
     UNION ALL
-    SELECT run_id, 3, 'input', concat_ws(' ', role, task), ref FROM inputs
+    SELECT run_id, 3, 'chosen', key, value FROM chosen_leaves  -- by a search, whose config says only what it might choose
     UNION ALL
-    SELECT run_id, 4, 'metric', concat_ws(' ', name, task, split), short_number(value, 6) FROM (
+    SELECT run_id, 4, 'input', concat_ws(' ', role, task), ref FROM inputs
+    UNION ALL
+    SELECT run_id, 5, 'metric', concat_ws(' ', name, task, split), short_number(value, 6) FROM (
         SELECT m.*, row_number() OVER (PARTITION BY run_id, name, task, split ORDER BY coalesce(step, 0) DESC) AS place
         FROM metrics m WHERE value IS NOT NULL) last_values
     WHERE place = 1
     UNION ALL
-    SELECT run_id, 5, 'result', concat_ws(' ', 'score', task, split), short_number(min(score), 6)
+    SELECT run_id, 6, 'result', concat_ws(' ', 'score', task, split), short_number(min(score), 6)
     FROM leaderboard WHERE run_id IS NOT NULL GROUP BY run_id, task, split
 )
 SELECT run_id, section, key, value, place FROM facts WHERE value IS NOT NULL;

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mergectl.store import Store, StoreError, digest_of, open_store
+from mergectl.store import Store, StoreError, digest_of, ingest, open_store
 from mergectl.store.documents import plain
 
 Launch = Callable[..., "subprocess.Popen[str]"]
@@ -143,6 +143,57 @@ def test_ids_stay_unique_when_the_list_of_ids_is_lost(store: Store) -> None:
     store.ingest()
     store.places.ids.unlink()
     assert store.start("merge", config={"x": 1}).id != first.id
+
+
+def test_a_power_cut_may_cost_the_list_lines_but_no_run_its_segment(store: Store) -> None:
+    with store.start("merge", config={"x": 1}) as first:
+        pass
+    second = store.start("merge", config={"x": 1})
+    store.places.ids.write_bytes(b"")
+    third = store.start("merge", config={"x": 1})
+    assert [run.attempt for run in (first, second, third)] == [1, 2, 3]
+
+
+def test_ids_last_before_their_segments_leave_the_inbox(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.start("merge", config={"x": 1}).finish()
+    seen: list[object] = []
+    monkeypatch.setattr(ingest, "keep", lambda places: seen.append(len(list(places.inbox.glob("*.json")))))
+    store.ingest()
+    assert (seen, list(store.places.inbox.glob("*.json"))) == ([1], [])
+
+
+def test_a_run_leaves_the_database_alone_that_another_has_just_written(untouched: Store) -> None:
+    untouched.start("merge", config={"x": 1}).finish()
+    assert not list(untouched.places.inbox.glob("*.json"))
+    other = open_store(untouched.path)
+    other.start("merge", config={"x": 2}).finish()
+    assert len(list(untouched.places.inbox.glob("*.json"))) == 1
+    os.utime(untouched.path, (0, 0))
+    other.start("merge", config={"x": 3}).finish()
+    assert not list(untouched.places.inbox.glob("*.json"))
+
+
+def test_a_fork_keeps_its_own_runs_alive_and_not_its_parents(store: Store, launch: Launch) -> None:
+    code = """
+import os, sys, time
+from mergectl.store import heartbeat, open_store
+heartbeat.INTERVAL = 0.02
+store = open_store(sys.argv[1])
+mine = store.start("merge", config={"x": 1})
+if os.fork() == 0:
+    own = store.start("merge", config={"x": 2})
+    files = [store.places.heartbeats / run.id for run in (mine, own)]
+    for path in files:
+        os.utime(path, (0, 0))
+    heartbeat._PULSE.discard(files[0])
+    until = time.monotonic() + 20
+    while files[1].stat().st_mtime == 0 and time.monotonic() < until:
+        time.sleep(0.01)
+    print(files[1].stat().st_mtime > 0, len(heartbeat._PULSE._paths), flush=True)
+    os._exit(0)
+os.wait()
+"""
+    assert launch(code).communicate()[0].split() == ["True", "1"]
 
 
 def test_a_run_is_found_by_id_prefix_and_by_name_newest_first(store: Store) -> None:

@@ -165,6 +165,27 @@ def test_a_question_to_a_server_can_only_ask(remote: Store, sql: str, sentence: 
     assert remote.query("SELECT count(*) FROM runs").rows == [(1,)]
 
 
+@pytest.mark.parametrize("login", ["postgres", "nearly"])
+def test_a_login_with_special_rights_may_report_but_not_ask(remote: Store, tmp_path: Path, login: str) -> None:
+    import psycopg
+
+    a_run(remote)
+    remote.ingest()
+    url = (remote.places.server or "").replace("lab@", "postgres@")
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("DROP ROLE IF EXISTS nearly")
+        connection.execute("CREATE ROLE nearly LOGIN")
+        connection.execute("GRANT pg_read_all_data, pg_read_server_files TO nearly")
+    special = elsewhere(remote, tmp_path / login)
+    special.places = replace(special.places, server=url.replace("postgres@", f"{login}@"))
+    assert special.query("SELECT count(*) FROM runs").rows == [(1,)]  # the program's own words
+    undo = (
+        "SELECT set_config('role', 'none', true), query_to_xml($$SELECT pg_read_file('PG_VERSION')$$, true, true, '')"
+    )
+    with pytest.raises(StoreError, match=rf"The login '{login}' can reach the server's own files, so it may not ask"):
+        special.query(undo, limit=60)
+
+
 def test_a_question_to_a_server_that_takes_too_long_is_stopped(remote: Store) -> None:
     with pytest.raises(StoreError, match=r"longer than 0\.2 seconds"):
         remote.query("SELECT pg_sleep(5)", limit=0.2)

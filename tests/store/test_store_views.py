@@ -227,6 +227,23 @@ def test_compare_puts_runs_side_by_side(lab: Store) -> None:
     assert ("result", "score s/a report", "0.8", "0.7") in table.rows
 
 
+def test_compare_shows_what_a_search_chose(empty: Store) -> None:
+    store = empty
+    chosen = {"scale": {"s/a": 0.5}, "density": 0.25, "rescale": True, "sign": "majority", "threshold": None}
+    config = {"method": "ties", "range": ["density=0:1"]}
+    notes = {"settings": chosen, "given": chosen, "method": "ties"}
+    searches = [merge(store, "V", config, kind="search", notes=notes), merge(store, "W", config, kind="search")]
+    with store.start("merge", config={}) as odd:
+        odd.note("settings", "not an object")
+    found = {row[1]: row[2:] for row in store.compare(*(run.id for run in searches)).rows if row[0] == "chosen"}
+    found["scale"] = tuple(value and "".join(value.split()) for value in found["scale"])
+    assert found == {
+        "density": ("0.25", None), "rescale": ("true", None), "sign": ("majority", None),
+        "scale": ('{"s/a":0.5}', None),
+    }  # fmt: skip
+    assert store.compare(odd.id, searches[0].id).rows
+
+
 def test_comparing_needs_known_and_different_runs(lab: Store) -> None:
     with pytest.raises(StoreError, match="No run 'nowhere'"):
         lab.compare("nowhere", "elsewhere")
