@@ -4,6 +4,9 @@
 probability, averaged over examples. `batch_sum` is what the public merging programs compute: the gradient is summed
 over a batch and its labels before it is squared, cross terms included. A regression is told the right answers: its
 gradient is that of the squared error.
+
+The expectation over C labels is a sum of C - 1 squares: of each label's score against what is expected of the later
+ones, the covariance of the labels being a product of triangles. Two labels take one backward pass.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergectl.answers import rank
 from mergectl.calibration import Batch
+from mergectl.calibration_examples import Squares
 from mergectl.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,15 +37,19 @@ def fishers_of(
     weights = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
     found = {name: torch.zeros_like(p, requires_grad=False) for name, p in weights.items()}
     device, examples = next(model.parameters()).device, 0
+    squares = Squares(model, weights, found)
     with _differentiable(model), torch.enable_grad():
         for batch in batches:
             given = {name: x.to(device) for name, x in batch.items()}
-            for part in _singles(given) if mode == "per_example" else [given]:
-                for loss in MODES[mode](model, part):
-                    _add_squares(found, weights, loss)
-                examples += size_of(part)
-                if progress is not None:
-                    progress(examples)
+            together = mode == "per_example" and size_of(given) > 1 and "answers" not in given
+            left = squares.add(given, _logits, contrasts) if together else set(weights)
+            rest = {name: found[name] for name in weights if name in left}
+            for part in (_singles(given) if mode == "per_example" else [given]) if rest else []:
+                for loss in MODES[mode](_logits(model, part), part):
+                    _add_squares(rest, weights, loss.sum())
+            examples += size_of(given)
+            if progress is not None:
+                progress(examples)
             if limit is not None and examples >= limit:
                 break
     for name, total in found.items():
@@ -72,37 +80,39 @@ def _logits(model: Any, batch: Batch) -> torch.Tensor:
     return logits.float()
 
 
-def per_example(model: Any, batch: Batch) -> Iterator[torch.Tensor]:
-    """Of one example, for each label what squares to its probability times the square of its log's gradient."""
-    logits = _logits(model, batch)
+def contrasts(logits: torch.Tensor, batch: Batch) -> list[torch.Tensor]:
+    """Of every example what squares, summed, to the expected square of a label's log probability's gradient."""
     if logits.shape[-1] == 1 and "answers" not in batch:
-        yield (logits[0, 0] - batch["labels"][0]).square()
-        return
-    logs = logits.log_softmax(-1)[0]
-    for log in logs:
-        if bool(log.isfinite()):
-            yield (log / 2).exp().detach() * log
+        return [(logits[:, 0] - batch["labels"]).square()]
+    offered = logits.isfinite()  # a row may offer fewer answers than others
+    scores, logs = logits.where(offered, 0.0), logits.detach().log_softmax(-1)
+    found = []
+    for label in range(logits.shape[-1] - 1):
+        later = logs[:, label + 1 :]
+        share = logs[:, label] + later.logsumexp(-1) - logs[:, label:].logsumexp(-1)
+        expected = (later.softmax(-1).nan_to_num(0.0) * scores[:, label + 1 :]).sum(-1)
+        found.append((share / 2).exp().nan_to_num(0.0) * (scores[:, label] - expected))
+    return found
 
 
-def batch_sum(model: Any, batch: Batch) -> Iterator[torch.Tensor]:
-    """The same summed over labels and examples; of a regression the mean squared error."""
-    logits = _logits(model, batch)
+def batch_sum(logits: torch.Tensor, batch: Batch) -> list[torch.Tensor]:
+    """The log probabilities by the roots of the labels' chances, summed over labels and examples; or a mean error."""
     if logits.shape[-1] == 1 and "answers" not in batch:
-        yield (logits[:, 0] - batch["labels"]).square().mean()
-        return
+        return [(logits[:, 0] - batch["labels"]).square().mean()]
     logs = logits.log_softmax(-1)
-    logs = logs[logs.isfinite()]  # a row may offer fewer answers than others
-    yield ((logs / 2).exp().detach() * logs).sum()
+    logs = logs[logs.isfinite()]
+    return [((logs / 2).exp().detach() * logs).sum()]
 
 
-MODES: dict[str, Callable[[Any, Batch], Iterator[Any]]] = {"per_example": per_example, "batch_sum": batch_sum}
+MODES: dict[str, Callable[[Any, Batch], list[Any]]] = {"per_example": contrasts, "batch_sum": batch_sum}
 
 
 def _add_squares(found: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor], loss: torch.Tensor) -> None:
     """Add the squares of a loss's gradient; the rows of a table that were not read have none."""
     import torch
 
-    gradients = torch.autograd.grad(loss, list(weights.values()), retain_graph=True, allow_unused=True)
+    wanted = [weights[name] for name in found]
+    gradients = torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True)
     for total, gradient in zip(found.values(), gradients, strict=True):
         if gradient is None:
             continue

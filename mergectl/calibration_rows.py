@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
     from mergectl.benchmarks._contract import Task
     from mergectl.benchmarks._rows import Rows
-    from mergectl.preprocess import Preparer
+    from mergectl.preprocess import Example, Preparer
 
+TOKENS = 1024  # of a batch of texts alike in length: more make it no faster
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "spiece.model", "preprocessor_config.json")
 
 
@@ -85,12 +86,30 @@ def batches(
     Of a text-to-text task the decoder reads the right answers, or with `answers` all that are offered.
     """
     for start, stop in cuts(len(rows), size):
-        columns: dict[str, Sequence[Any]] = {name: column[start:stop] for name, column in rows.columns.items()}
-        found = preparer.prepare(task, columns)
-        examples = [{**e, "labels": label} for e, label in zip(found, rows.labels[start:stop], strict=True)]
+        examples = _examples(task, preparer, rows, start, stop)
         yield (
             preparer.stack(examples) if answers and isinstance(preparer, AnswerPreparer) else preparer.collate(examples)
         )
+
+
+def batches_alike(task: Task, preparer: Preparer, rows: Rows, size: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Go through the rows in batches of nearly equal length, of at most `size` rows, long ones of fewer.
+
+    Only as many rows are prepared at a time as make sixteen batches.
+    """
+    for start, stop in cuts(len(rows), 16 * size):
+        examples = sorted(_examples(task, preparer, rows, start, stop), key=preparer.length)
+        while examples:
+            most = max(1, min(size, TOKENS // max(preparer.length(examples[-1]), 1)))
+            yield preparer.collate(examples[-most:])
+            del examples[-most:]
+
+
+def _examples(task: Task, preparer: Preparer, rows: Rows, start: int, stop: int) -> list[Example]:
+    """Some of the rows made ready, their labels with them."""
+    columns: dict[str, Sequence[Any]] = {name: column[start:stop] for name, column in rows.columns.items()}
+    found = preparer.prepare(task, columns)
+    return [{**example, "labels": label} for example, label in zip(found, rows.labels[start:stop], strict=True)]
 
 
 def cuts(count: int, size: int) -> Iterator[tuple[int, int]]:

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mergectl import __version__
 from mergectl.calibration_cache import Stored, find, key_of, put
-from mergectl.calibration_rows import batches, digest_of_files, digest_of_rows, draw, tokens_of_image
+from mergectl.calibration_rows import (
+    batches,
+    batches_alike,
+    digest_of_files,
+    digest_of_rows,
+    draw,
+    tokens_of_image,
+)
 from mergectl.checkpoints import Checkpoint
 from mergectl.errors import UserError
 from mergectl.families import Family
@@ -207,11 +214,14 @@ def _fishers(live: LiveModel, pupil: Pupil, progress: Callable[[int, int, str], 
 
     options, preparer = pupil.options, live.preparer_of(pupil.task.id)
     mode, limit = options["fisher_mode"], options["num_fisher_examples"]
-    size = 1 if mode == "per_example" else options["calibration_batch_size"]
-    total = min(limit, len(pupil.rows))
+    size, total = options["calibration_batch_size"], min(limit, len(pupil.rows))
+    alone = pupil.task.kind == "text_to_text"  # a row and all its answers are a batch
+    if mode == "per_example" and not alone:
+        read = batches_alike(pupil.task, preparer, pupil.rows, size)
+    else:
+        read = batches(pupil.task, preparer, pupil.rows, 1 if mode == "per_example" else size, answers=True)
     found, examples = fishers_of(
-        live.model, batches(pupil.task, preparer, pupil.rows, size, answers=True), mode,
-        progress=lambda seen: progress(seen, total, pupil.task.id),
+        live.model, read, mode, progress=lambda seen: progress(seen, total, pupil.task.id)
     )  # fmt: skip
     own, same = _on_disk(live)
     shared = {own[name]: x for name, x in found.items() if own[name] in live.backbone}

@@ -301,3 +301,12 @@ def test_a_regression_and_a_text_to_text_task_are_calibrated(tmp_path: Path, mon
         (found,) = calibrated(Lab(), worded, 0, what, settled(few, [what], ["one"], "any")).values()
         assert "decoder.block.1.layer.1.EncDecAttention.k.weight" in found
         assert ("lm_head.weight" in found) == (what == "fishers")
+
+
+def test_each_expert_may_keep_its_own_share_of_ranks_in_the_order_of_the_line(population: Path, cli: Cli) -> None:
+    assert cli(*words(population, "pave_ta", "listed", *SMALL, "--rank-scale", "1.0,0.5")) == 0
+    assert cli(*words(population, "pave_ta", "named", *SMALL, "--rank-scale", "digit=0.5,parity=1.0")) == 0
+    assert cli(*words(population, "pave_ta", "other", *SMALL, "--rank-scale", "0.5,1.0")) == 0
+    listed, named, other = (weights(Path(name)) for name in ("listed", "named", "other"))
+    assert all(torch.equal(x, named[name]) for name, x in listed.items())
+    assert any(not torch.equal(x, other[name]) for name, x in listed.items())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from hypothesis import given
@@ -88,17 +86,28 @@ def test_equal_moments_are_no_moments_and_scaling_all_changes_nothing(
         torch.testing.assert_close(scaled, kept_part(w, product(w, moment), rank), atol=1e-8, rtol=0)
 
 
+@pytest.mark.parametrize("count", [24, 12, 2])
 @pytest.mark.parametrize(("out", "width"), [(24, 24), (24, 60), (60, 24)])
-def test_singular_values_over_nine_decades_are_told_apart(out: int, width: int) -> None:
+def test_singular_values_over_nine_decades_are_told_apart(out: int, width: int, count: int) -> None:
     draw = torch.Generator().manual_seed(0)
     u, _ = torch.linalg.qr(torch.randn(out, out, generator=draw, dtype=torch.float64))
     v, _ = torch.linalg.qr(torch.randn(width, width, generator=draw, dtype=torch.float64))
     values = torch.logspace(0, -9, 24, dtype=torch.float64)
     m = (u[:, :24] * values) @ v[:24]
-    found = _directions.smallest_directions(m, 24)
+    found = _directions.smallest_directions(m, count)
     torch.testing.assert_close(found.values, values, rtol=1e-5, atol=0)
-    cosines = (found.rows.flip(0) * u[:, :24].mT).sum(1).abs()
-    torch.testing.assert_close(cosines, torch.ones(24, dtype=torch.float64), atol=1e-8, rtol=0)
+    cosines = (found.rows.flip(0) * u[:, 24 - count : 24].mT).sum(1).abs()
+    torch.testing.assert_close(cosines, torch.ones(count, dtype=torch.float64), atol=1e-8, rtol=0)
+
+
+def test_vectors_turned_by_torch_are_the_same() -> None:
+    _, moment = layer(6, 9, 3)
+    one, other = _directions.eigen(moment.triu()), _directions.whole(moment.triu())
+    torch.testing.assert_close(one.values, other.values)
+    same = (one.turn(one.vectors, False) * other.vectors).sum(0).abs()
+    torch.testing.assert_close(same, torch.ones(9, dtype=torch.float64))
+    back = one.turn(one.turn(other.vectors, True), False)
+    torch.testing.assert_close(back, other.vectors)
 
 
 @pytest.mark.parametrize(("out", "width"), [(8, 8), (8, 20), (20, 8)])
@@ -119,8 +128,9 @@ def test_an_allocation_keeps_to_its_budget_and_its_floors(spectra: list[list[int
     kept, least = _ranks.allocate(ordered, share), _ranks.least_rank(share, 7)
     assert all(max(least, 0) <= count <= 7 for count in kept)
     if any(count > max(least, 0) for count in kept):
-        wanted = math.ceil(share * 7 * len(kept)) - 1
-        assert sum(kept) == (wanted if least < 7 else 7 * len(kept))
+        full = 7 * len(kept)
+        wanted = max(count for count in range(full + 1) if count / full < share)  # the most that is less than the share
+        assert sum(kept) == (wanted if least < 7 else full)
     assert _ranks.allocate(ordered, 1.0) == [7] * len(kept)
     dropped = [
         values[rank] / values[0] for values, rank in zip(ordered, kept, strict=True) if rank < 7
