@@ -40,7 +40,7 @@ class AdaptOptions:
     dtype: str = "float32"  # of the model's computations; weights are always built in float32
     entropy: str = "row"  # or batch_mean: of the mean prediction of a batch, as one program has it
     eps: float = 0.0  # added within the logarithm
-    score_every: int = 0  # steps after which the merged model is scored on `tune`, to look at; 0: never
+    score_every: int | None = None  # steps after which the model is scored on `tune`, to look at; 0: never
     score_limit: int = 200  # rows per task of such a score
     start_from: str | None = None  # a model's folder: begin with the numbers that were learned for it
 
@@ -62,7 +62,8 @@ def read_options(given: Mapping[str, Any]) -> AdaptOptions:
     words = {"on": ("tune", "fit", "report"), "entropy": ("row", "batch_mean"), "dtype": tuple(AUTOCAST)}
     for key, allowed in words.items():
         if (value := getattr(options, key)) not in allowed:
-            raise UserError(f"--adapt {key} must be one of {', '.join(allowed)}, got '{value}'.")
+            option = "--adapt-on" if key == "on" else f"--adapt {key}"
+            raise UserError(f"{option} must be one of {', '.join(allowed)}, got '{value}'.")
     for key, least in NUMBERS.items():
         if (number := getattr(options, key)) is not None and number < least:
             raise UserError(f"--adapt {key} must be at least {least}, got {number}.")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergectl import artefacts
-from mergectl.adaptation import FILE
+from mergectl.adaptation import FILE, AdaptOptions
 from mergectl.errors import UserError
 from mergectl.terminal import Progress, Terminal
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 POINTS, LOOKS = 100, 10  # of the entropy's course, and of that of ranks and coefficients
 SECONDS = 30.0  # between two checkpoints
+FALL = 0.02  # of a mean score that is more than chance
+FORWARD, SHARE = 3, 0.1  # how much cheaper a row is that is only scored; how much of the work scores may be
 FORMAT = "1"
 TABLE = "adaptation.json"
 
@@ -44,9 +46,11 @@ class LabWatch:
         self.progress: Progress = lambda done, total, text: None
         self.rows: list[tuple[str, float, str | None, int]] = []  # metrics: name, value, task, step
         self.learned: Any = None  # the last that was heard of the adaptation
+        self.tune = dict[str, float]()  # the last scores by task
         self.resumed = 0  # steps that an earlier process had done
         self._since: list[dict[str, float]] = []  # entropies by task since the last point
-        self._looked = -1
+        self._looked = self._scored = -1
+        self._unscored = False  # there is nothing to score on
         self._saved = time.monotonic()
 
     def resume(self) -> dict[str, torch.Tensor] | None:
@@ -78,20 +82,24 @@ class LabWatch:
     def __call__(self, learned: Any) -> None:
         """Take note of a step, or of the end."""
         self.learned = learned
+        every = score_every(learned.entropy.options, learned.steps)
         if learned.done:
             self._point(learned.step)
+            if every and learned.step >= every and self._scored != learned.step:
+                self._score(learned)
             if self._looked != learned.step:
                 self._look(learned)
+            self._warn()
             return
         self._since.append(dict(learned.entropy.by_task))
         if _due(learned, POINTS):
             self._point(learned.step)
+        if every and learned.steps >= every and (learned.step % every == 0 or learned.step == 1):
+            self._score(learned)
         if _due(learned, LOOKS):
             self._look(learned)
+        if learned.step in (self._looked, self._scored):
             self.terminal.say(f"step {learned.step}/{learned.steps}: {self._line(learned)}")
-        every = learned.entropy.options.score_every
-        if every and learned.step % every == 0:
-            self._score(learned)
         self.progress(learned.step, learned.steps, self._line(learned))
         if self.path is not None and time.monotonic() - self._saved >= SECONDS:
             self.save(learned, self.path)
@@ -167,15 +175,56 @@ class LabWatch:
 
     def _score(self, learned: Any) -> None:
         """Score the weights of this moment on labelled rows of `tune`, for the eye alone."""
-        found = learned.entropy.score(learned.weights())
-        for task, value in found.items():
+        self._scored = learned.step
+        try:
+            self.tune = learned.entropy.score(learned.weights())
+        except UserError as error:
+            if learned.entropy.options.score_every is not None:
+                raise
+            if not self._unscored:
+                self.terminal.say(f"no scores on the way: {error}")
+            self._unscored = True
+            return
+        for task, value in self.tune.items():
             self._add("adapt_tune_score", value, task, learned.step)
-        words = ", ".join(f"{task} {value:.3f}" for task, value in found.items())
-        self.terminal.say(f"step {learned.step}/{learned.steps}: tune {words}")
+
+    def _warn(self) -> None:
+        """Say it where the model answers worse than after the first step, however sure it has become."""
+        scores = dict[int, list[float]]()
+        for name, value, _, step in self.rows:
+            if name == "adapt_tune_score":
+                scores.setdefault(step, []).append(value)
+        means = [math.fsum(scores[step]) / len(scores[step]) for step in sorted(scores)]
+        if len(means) > 1 and means[-1] < means[0] - FALL:
+            self.terminal.warn(
+                f"on tune the mean score fell from {means[0]:.3f} to {means[-1]:.3f}: a low entropy is no good answer. "
+                "Take a lower lr, fewer steps, or a start that scores better."
+            )
 
     def _line(self, learned: Any) -> str:
-        kept = ", ".join(f"{task} {share:.0%}" for task, share in shares(learned).items())
-        return f"entropy {learned.losses[-1]:.4f}" + (f", kept {kept}" if kept else "")
+        """The entropy of a task, the last scores and what is kept; a terminal may cut off the end."""
+        words = [f"entropy {learned.losses[-1] / max(1, len(learned.entropy.by_task)):.4f}"]
+        if self.tune:
+            places = {task: place for place, task in enumerate(self.names.values())}
+            scores = sorted(self.tune.items(), key=lambda item: places.get(item[0], len(places)))
+            own = " ".join(f"{_short(task)} {value:.3f}" for task, value in scores)
+            words.append(f"tune {math.fsum(self.tune.values()) / len(self.tune):.3f} ({own})")
+        if kept := shares(learned):
+            own = " ".join(f"{_short(self.names[task])} {share:.0%}" for task, share in kept.items())
+            words.append(f"kept {math.fsum(kept.values()) / len(kept):.0%} ({own})")
+        return ", ".join(words)
+
+
+def score_every(options: AdaptOptions, steps: int) -> int:
+    """After how many steps to score; unless it was said, ten times, if that takes no more than a tenth of the work."""
+    if options.score_every is not None:
+        return options.score_every
+    rows = options.score_limit / FORWARD  # of a step's price, which has a backward pass
+    return max(1, steps // LOOKS, math.ceil(rows / options.batch_size / SHARE))
+
+
+def _short(task: str) -> str:
+    return task.rpartition("/")[2]
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -38,7 +38,8 @@ def learned_of(rows: Iterable[Mapping[str, Any]]) -> list[Learned]:
         own = last.setdefault(KINDS[match["kind"]], {})
         if place not in own or step >= own[place][0]:
             own[place] = (step, row["value"])
-    return [_arranged(kind, {place: value for place, (_, value) in own.items()}) for kind, own in sorted(last.items())]
+    kinds = sorted(last.items(), reverse=True)  # ranks before coefficients
+    return [_arranged(kind, {place: value for place, (_, value) in own.items()}) for kind, own in kinds]
 
 
 def _arranged(kind: str, found: Mapping[tuple[str, str], float]) -> Learned:

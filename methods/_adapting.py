@@ -74,7 +74,7 @@ class Learned:
 
     @property
     def coefficients(self) -> dict[str, torch.Tensor]:
-        """The stored coefficients [task] of every merged weight; "*" where all weights share them."""
+        """The stored coefficients [task] of every merged weight, or of the group that shares them; "*": of all."""
         return self._columns(self._blend.coefficients(self._blend.numbers))
 
     @property
@@ -99,8 +99,7 @@ class Learned:
         return {name: x.detach() for name, x in self._blend.build().items()}
 
     def _columns(self, numbers: torch.Tensor) -> dict[str, torch.Tensor]:
-        names = ["*"] if self._blend.rules.shared else list(self._blend.parts)
-        return {name: numbers[:, i].clone() for i, name in enumerate(names)}
+        return {group: numbers[:, i].clone() for i, group in enumerate(self._blend.groups)}
 
 
 def adapt(blend: Blend, entropy: Entropy, watch: Watch | None, *, steps: int, rate: float, patience: int) -> None:

@@ -70,9 +70,8 @@ class Dense:
 
 @dataclass(frozen=True)
 class Rules:
-    """How the stored numbers are used: coefficients clamped, shared by all weights or made to sum to one; masks."""
+    """How the stored numbers are used: coefficients clamped or made to sum to one; masks."""
 
-    shared: bool = False
     clamp: tuple[float, float] | None = None
     normalize: bool = False
     temperature: float = 10.0
@@ -98,21 +97,27 @@ class Blend:
 
     def __init__(
         self, vectors: TaskVectors, origin: Mapping[str, torch.Tensor], parts: Mapping[str, Part], rules: Rules,
-        scales: Sequence[float], logits: Mapping[str, torch.Tensor],
+        scales: Sequence[float], logits: Mapping[str, torch.Tensor], groups: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
-        """Take the weights to start from, those that are merged with all coefficients at `scales`, and the logits."""
+        """Take the weights to start from, those that are merged with all coefficients at `scales`, and the logits.
+
+        Weights of one of the `groups` share their coefficients; without groups each has its own.
+        """
         self.tasks, self.origin, self.parts, self.rules = vectors.tasks, origin, dict(parts), rules
         self._at_once = vectors.reading(lambda name: torch.empty(0))
-        columns = 1 if rules.shared else len(self.parts)
-        start = torch.tensor(scales).reshape(-1, 1).repeat(1, columns)
+        of = {name: name if groups is None else groups[name] for name in self.parts}
+        self.groups = list(dict.fromkeys(of.values()))  # whose coefficients they are, in order
+        place = {group: number for number, group in enumerate(self.groups)}
+        self.column = {name: place[group] for name, group in of.items()}
+        start = torch.tensor(scales).reshape(-1, 1).repeat(1, len(self.groups))
         device = next(iter(origin.values())).device if origin else torch.device("cpu")
         self.numbers = torch.cat([start.reshape(-1), *(x.reshape(-1) for x in logits.values())]).to(device)
-        self._columns, self._spans = columns, _spans(start.numel(), logits)
+        self._spans = _spans(start.numel(), logits)
         self.weights = {name: x.clone().requires_grad_() if name in self.parts else x for name, x in origin.items()}
 
     def coefficients(self, numbers: torch.Tensor) -> torch.Tensor:
-        """Return the part of a vector that belongs to the coefficients, [task, weight] (or [task, 1])."""
-        return numbers[: len(self.tasks) * self._columns].view(len(self.tasks), self._columns)
+        """Return the part of a vector that belongs to the coefficients, [task, weight] (or [task, group])."""
+        return numbers[: len(self.tasks) * len(self.groups)].view(len(self.tasks), len(self.groups))
 
     def logits(self, name: str, numbers: torch.Tensor) -> torch.Tensor:
         """Return the part of a vector that belongs to a weight's mask, [task, component]."""
@@ -130,15 +135,14 @@ class Blend:
 
     def build(self) -> dict[str, torch.Tensor]:
         """Put the numbers' meaning into the candidate weights, and return all weights."""
-        used, order = self.rules.used(self.coefficients(self.numbers)), {name: i for i, name in enumerate(self.parts)}
+        used = self.rules.used(self.coefficients(self.numbers))
 
         def put(name: str) -> None:
             with torch.no_grad():
                 weight = self.weights[name]
                 weight.grad = None
                 weight.copy_(self.origin[name])
-                column = used[:, 0 if self.rules.shared else order[name]]
-                self.parts[name].add(weight, column, self._mask(name))
+                self.parts[name].add(weight, used[:, self.column[name]], self._mask(name))
 
         self.each(put)
         return self.weights
@@ -156,13 +160,14 @@ class Blend:
             if (grad := self.weights[name].grad) is None:
                 return
             with torch.no_grad():
-                column = used.detach()[:, 0 if self.rules.shared else order[name]]
+                column = used.detach()[:, self.column[name]]
                 slopes[:, order[name]], mask = self.parts[name].slopes(grad, column, self._mask(name))
                 if mask is not None:
                     self.logits(name, result).copy_(mask * self.rules.passed_on(self.logits(name, self.numbers)))
 
         self.each(put)
-        own = slopes.sum(dim=1, keepdim=True) if self.rules.shared else slopes
+        columns = torch.tensor([*self.column.values()], dtype=torch.long, device=slopes.device)
+        own = torch.zeros_like(used).index_add_(1, columns, slopes)
         self.coefficients(result).copy_(torch.autograd.grad(used, stored, own)[0])
         return result
 

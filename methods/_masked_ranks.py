@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 HOLD = ("float32", "bfloat16", "disk", "kept")
 HOLD_HELP = "how factors are held: in memory, there in half, in the lab's cache on disk, or only those kept at first"
-_AT_ONCE = 1 << 24  # numbers of an intermediate product
+_AT_ONCE = 1 << 22  # numbers of an intermediate product
 
 
 class Ranks:

@@ -19,6 +19,7 @@ each what agrees with the elected sign. Heads are never merged, and no label is 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -40,6 +41,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     "adamerging_plus": {"plus": True},
 }
 CLAMP = (0.0, 1.0)
+BLOCK = re.compile(r"(.*?\.)?\d+(?=\.)")  # the name of a transformer block, as encoder.layer.3
+# Which weights share a coefficient, by the name under which it is kept.
+GROUPS: dict[str, Callable[[str], str]] = {
+    "layer": lambda name: name,  # none, as in the paper
+    "block": lambda name: found[0] if (found := BLOCK.match(name)) else "outside of blocks",
+    "task": lambda name: "*",
+}
 # Which weights are merged; the others stay those of the base.
 PARAMETERS: dict[str, Callable[[str, bool], bool]] = {
     "backbone": lambda name, vision: not _adapting.is_projection(name),
@@ -54,7 +62,7 @@ def merge(
     entropy: _adapting.Entropy,
     watch: _adapting.Watch | None = None,
     *,
-    granularity: Annotated[str, OneOf(["layer", "task"]), "a coefficient per task and weight, or per task"] = "layer",
+    granularity: Annotated[str, OneOf(GROUPS), "a coefficient per task and weight, and block, or per task"] = "layer",
     scale: Annotated[PerTask, Between(-10.0, 10.0, search=(0.1, 0.6)), "scaling coefficient to start from"] = 0.3,
     steps: Annotated[int, Between(0, 10_000_000, search=(100, 2000)), "steps of Adam, one batch per task each"] = 1000,
     lr: Annotated[float, Between(0.0, 10.0, low_open=True, search=(1e-4, 1e-2)), "Adam's learning rate"] = 1e-3,
@@ -74,11 +82,9 @@ def merge(
     chosen = vectors.only(name for name in vectors if PARAMETERS[parameters](name, vision))
     rows = chosen.survey(lambda name, x: _blend.Dense(_blend.held(vectors, name, x, hold, device)))
     origin = {name: base[name].float().to(device, copy=True) for name in task_vectors}
-    rules, scales = (
-        _blend.Rules(granularity == "task", CLAMP if clamp else None, normalize),
-        per_task(scale, len(task_vectors.tasks)),
-    )
-    blend = _blend.Blend(task_vectors, origin, dict(zip(chosen, rows, strict=True)), rules, scales, {})
+    rules, scales = _blend.Rules(CLAMP if clamp else None, normalize), per_task(scale, len(task_vectors.tasks))
+    groups = {name: GROUPS[granularity](name) for name in chosen}
+    blend = _blend.Blend(task_vectors, origin, dict(zip(chosen, rows, strict=True)), rules, scales, {}, groups)
     _adapting.adapt(blend, entropy, watch, steps=steps, rate=lr, patience=patience)
     yield from blend.changes(base)
 

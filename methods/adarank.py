@@ -23,13 +23,13 @@ p = sigmoid(logit / temperature), a coefficient has sum(b s q), a logit coeffici
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import torch
 
-from mergectl.methods import _adapting, _blend, _kernels, _linears, _masked_ranks, _spectral
+from mergectl.methods import _adapting, _blend, _linears, _masked_ranks, _spectral, cart
 from mergectl.methods._contract import Between, Merged, MergeWarning, OneOf, Remember
 
 if TYPE_CHECKING:
@@ -38,15 +38,32 @@ if TYPE_CHECKING:
 TITLE = "AdaRank"
 PAPER = "arXiv:2503.22178"
 NEUTRAL = {"steps": 0, "start": "cart"}
-STARTS: dict[str, tuple[float, float]] = {"ta": (1.0, 0.3), "cart": (0.16, 2.0)}  # share of components, scale
 LOGITS = {False: (0.1, -0.1), True: (2.0, 0.0)}  # of kept and pruned components at first; soft masks: True
 BARRIER = 0.1  # how far a logit has to go before it changes its bit
 NEVER = f"a logit has to go {BARRIER:g}, and goes lr at most. Take more steps, or a higher lr."
-FIRST_SHARE = "share of components kept at first; ta 1, cart 0.16, for images 0: one over the number of tasks"
-FIRST_SCALE, RATE = "coefficient to start from; ta 0.3, cart 2", "Adam's learning rate; images 0.001, texts 0.00005"
+FIRST_SHARE = "share of components kept at first; ta 1, others 0.16, for images 0: one over the number of tasks"
+FIRST_SCALE, RATE = "coefficient to start from; ta 0.3, cart 2, others 1", "Adam's rate; images 0.001, texts 0.00005"
 MASKED = "which matrices have masks: linear layers but CLIP's projection (auto), or as for CART; full, all: tables, too"
 CLAMP, WIDE_CLAMP = (0.0, 1.0), (-0.5, 2.0)
-FROM_MEAN = "differences from the average"
+
+
+@dataclass(frozen=True)
+class Start:
+    """A model to begin from: one of CART's origins, and how much of what experts differ from it is added at first."""
+
+    origin: str
+    ratio: float  # share of components
+    scale: float
+    own_scale: float = 1.0  # the origin's
+
+
+STARTS = {
+    "ta": Start("base", 1.0, 0.3),
+    "cart": Start("average", 0.16, 2.0),
+    "tsv": Start("tsv", 0.16, 1.0),
+    "ta_cart": Start("task_arithmetic", 0.16, 1.0, 0.3),
+    "cart_cart": Start("cart", 0.16, 1.0),
+}
 
 
 def merge(
@@ -57,7 +74,7 @@ def merge(
     remember: Remember | None = None,
     watch: _adapting.Watch | None = None,
     *,
-    start: Annotated[str, OneOf(STARTS), "begin from the base (task arithmetic) or the experts' mean (CART)"] = "ta",
+    start: Annotated[str, OneOf(STARTS), "begin from the base (ta), the experts' mean (cart) or another merge"] = "ta",
     rank_ratio: Annotated[float | None, Between(0.0, 1.0, search=(0.01, 1.0)), FIRST_SHARE] = None,
     scale: Annotated[float | None, Between(-10.0, 10.0, search=(0.1, 3.0)), FIRST_SCALE] = None,
     steps: Annotated[int, Between(0, 10_000_000, search=(100, 10_000)), "steps of Adam, a batch per task each"] = 5000,
@@ -74,7 +91,7 @@ def merge(
     """Yield for each weight the sum of the components left, under the learned coefficients."""
     rate = (1e-3 if _adapting.is_vision(task_vectors) else 5e-5) if lr is None else lr
     limits = (WIDE_CLAMP if extend_clamp else CLAMP) if clamp else None
-    rules = _blend.Rules(False, limits, normalize, temperature, soft_mask)
+    rules = _blend.Rules(limits, normalize, temperature, soft_mask)
     outset = Outset(start, rank_ratio, scale, decompose, hold)
     blend = outset.blend(task_vectors, base, linears, remember, rules, _adapting.device_of(entropy))
     if blend.masked and 0 < steps * rate < BARRIER and not soft_mask:
@@ -99,20 +116,45 @@ class Outset:
     ) -> _blend.Blend:  # fmt: skip
         """Return the merge as a function of what is to be learned."""
         tasks, vision = len(task_vectors.tasks), _adapting.is_vision(task_vectors)
-        (ratio, scale), (kept, pruned) = STARTS[self.start], LOGITS[rules.soft]
-        if self.rank_ratio is not None:
-            ratio = 1 / tasks if vision and self.rank_ratio == 0 else self.rank_ratio
-        cart = self.start == "cart"
-        vectors = task_vectors.map(lambda name, x: x.double() - mean(x)) if cart else task_vectors
+        begin, (kept, pruned), ratio = STARTS[self.start], LOGITS[rules.soft], self.rank_ratio
+        if ratio is None:
+            ratio = begin.ratio
+        elif vision and ratio == 0:
+            ratio = 1 / tasks
         memory = _spectral.remembering(remember) if self.hold == "disk" else remember or _spectral.plainly
-        kit = _masked_ranks.Kit(vectors, memory, FROM_MEAN if cart else "", self.hold, device, ratio)
+        shift, of = self.shift(task_vectors, linears, memory)
+        vectors = task_vectors if shift is None else task_vectors.map(lambda name, x: x.double() - shift(name, x))
+        kit = _masked_ranks.Kit(vectors, memory, of, self.hold, device, ratio)
         parts = kit.parts(self.merged(task_vectors, vision), self.masked(task_vectors, linears))
         ranks = {name: part for name, part in parts.items() if isinstance(part, _masked_ranks.Ranks)}
         logits = {name: kit.logits(name, part, kept, pruned) for name, part in ranks.items()}
-        origin = {name: base[name] + mean(task_vectors[name]) if cart else base[name] for name in task_vectors}
+        origin = {n: base[n] if shift is None else base[n] + shift(n, task_vectors[n]) for n in task_vectors}
         origin = {name: x.float().to(device, copy=True) for name, x in origin.items()}
-        scales = [scale if self.scale is None else self.scale] * tasks
+        scales = [begin.scale if self.scale is None else self.scale] * tasks
         return _blend.Blend(task_vectors, origin, parts, rules, scales, logits)
+
+    @property
+    def rule(self) -> str:
+        """Which matrices are decomposed, in the words of all spectral methods."""
+        return "linear" if self.decompose == "auto" else self.decompose
+
+    def shift(
+        self, task_vectors: TaskVectors, linears: Mapping[str, bool] | None, memory: Remember
+    ) -> tuple[Callable[[str, torch.Tensor], torch.Tensor] | None, str]:
+        """Return what gives the origin less the base, nothing for the base, and words for what differs from it."""
+        begin, names = STARTS[self.start], _spectral.decomposed(self.rule, linears, task_vectors)
+        if begin.origin == "base" or not len(task_vectors):
+            return None, ""
+
+        def make(name: str, x: torch.Tensor) -> tuple[torch.Tensor, str]:
+            weight = cart.Weight(name, task_vectors.tasks, x, name in names, 1, memory)
+            return cart.origin_of(weight, begin.origin, begin.own_scale, None, begin.ratio)
+
+        if begin.origin == "average":  # quickly made, so that it is not kept
+            return lambda name, x: make(name, x)[0], make(name := next(iter(task_vectors)), task_vectors[name])[1]
+        found = task_vectors.survey(make)
+        made = {name: x.float() for name, (x, _) in zip(task_vectors, found, strict=True)}
+        return lambda name, x: made[name].to(x.device), found[0][1]
 
     def merged(self, task_vectors: TaskVectors, vision: bool) -> list[str]:
         """Return the weights that have coefficients: all of an image model, without token tables of any other."""
@@ -121,11 +163,5 @@ class Outset:
 
     def masked(self, task_vectors: TaskVectors, linears: Mapping[str, bool] | None) -> list[str]:
         """Return the matrices that have masks."""
-        rule = "linear" if self.decompose == "auto" else self.decompose
-        names = _spectral.decomposed(rule, linears, task_vectors)
+        names = _spectral.decomposed(self.rule, linears, task_vectors)
         return [name for name in names if self.decompose != "auto" or not _adapting.is_projection(name)]
-
-
-def mean(x: torch.Tensor) -> torch.Tensor:
-    """Return the mean over tasks, in float64."""
-    return _kernels.total(x) / len(x)

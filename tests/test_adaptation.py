@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -238,10 +239,48 @@ def test_the_score_on_tune_is_shown_where_asked_for_and_changes_nothing(
     assert cli(*words(population, "a", "adamerging", "--steps", 4)) == 0
     more = ["--adapt", "score-every=2", "--adapt", "score-limit=30"]
     assert cli(*words(population, "b", "adamerging", "--steps", 4, *more)) == 0
-    assert "step 2/4: tune digits/" in capsys.readouterr().err
+    lines = re.findall(r"step \d/4: entropy [\d.]+, tune [\d.]+ \(parity [\d.]+ loop [\d.]+\)", capsys.readouterr().err)
+    assert len(lines) == 4  # after the first step, too; at the third what is known then
     one, other = tiny.weights(Path("a")), tiny.weights(Path("b"))
     assert all(torch.equal(one[name], other[name]) for name in one)
-    assert store("SELECT count(*) FROM metrics WHERE name = 'adapt_tune_score'") == [(4,)]
+    assert store("SELECT count(*) FROM metrics WHERE name = 'adapt_tune_score'") == [(6,)]
+
+
+def test_an_adaptation_of_some_length_is_scored_on_the_way_unless_it_costs_too_much(
+    cli: Cli, population: Path, capsys: Any
+) -> None:
+    every = [adaptation_watch.score_every(read_options(given), steps) for given, steps in (
+        ({}, 10), ({}, 5000), ({"batch_size": 4}, 1000), ({"score_every": 0}, 5000), ({"score_every": 3}, 5000),
+    )]  # fmt: skip
+    assert every == [42, 500, 167, 0, 3]
+    few = ["--adapt", "score-limit=5", "--adapt", "batch-size=8"]  # 5 rows / 3 / 8 / a tenth: every third step
+    assert cli(*words(population, "a", "adarank", "--steps", 6, "--lr", 0.01, *few)) == 0
+    assert store("SELECT DISTINCT step FROM metrics WHERE name = 'adapt_tune_score' ORDER BY 1") == [(1,), (3,), (6,)]
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(r"step 6/6: entropy .*, tune .* \(.*\), kept \d+% \(parity \d+% loop \d+%\)", line)
+
+
+@pytest.mark.parametrize(("last", "warned"), [(0.5, True), (0.79, False), (0.9, False)])
+def test_a_score_that_falls_while_the_entropy_does_is_said(
+    last: float, warned: bool, cli: Cli, population: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    scores = iter([0.8, 0.85, last])
+    monkeypatch.setattr(LabEntropy, "score", lambda self, weights: dict.fromkeys(self.by_task, next(scores)))
+    assert cli(*words(population, "a", "adamerging", "--steps", 4, "--adapt", "score-every=2")) == 0
+    assert ("the mean score fell from 0.800 to 0.500" in capsys.readouterr().err) == warned
+
+
+def test_rows_to_score_on_may_be_missing_unless_asked_for(
+    cli: Cli, population: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def missing(self: LabEntropy, weights: Any) -> dict[str, float]:
+        raise UserError("There are no such rows.")
+
+    monkeypatch.setattr(LabEntropy, "score", missing)
+    few = ["--steps", 4, "--adapt", "score-limit=1"]
+    assert cli(*words(population, "a", "adamerging", *few)) == 0
+    assert capsys.readouterr().err.count("no scores on the way: There are no such rows.") == 1
+    assert cli(*words(population, "b", "adamerging", *few, "--adapt", "score-every=2")) == 2
 
 
 def test_an_adaptation_that_was_killed_goes_on_to_the_same_model(

@@ -93,6 +93,42 @@ def test_before_any_step_a_start_from_the_mean_is_cart() -> None:
     assert_close(got, merge_weights("cart", BASE, EXPERTS, rank_ratio=0.4, scale=1.7), atol=1e-5)
 
 
+@pytest.mark.parametrize(("start", "given"), [("tsv", {}), ("ta_cart", {}), ("cart_cart", {"origin_rank_ratio": 0.16})])
+def test_before_any_step_a_start_from_a_merge_is_cart_from_there(start: str, given: dict[str, Any]) -> None:
+    got, _ = merged("adarank", steps=0, start=start, rank_ratio=0.4, scale=0.8)
+    preset = "tsv_cart" if start == "tsv" else start
+    expected = merge_weights(preset, BASE, EXPERTS, rank_ratio=0.4, scale=0.8, **given)
+    assert_close({n: got[n] for n in SHAPES if not is_table(n)}, {n: expected[n] for n in SHAPES if not is_table(n)})
+
+
+@pytest.mark.parametrize(
+    ("start", "method"), [("ta", "tsv_m"), ("cart", "cart"), ("tsv", "tsv_cart"), ("cart_cart", "cart_cart")]
+)
+def test_decompositions_are_shared_with_the_method_that_begins_there(start: str, method: str) -> None:
+    memory, made = _spectral.remembering(None), list[str]()
+
+    def remember(what: str, task: str | None, weight: str, make: Any) -> tuple[torch.Tensor, ...]:
+        def counted() -> Any:
+            made.append(weight)
+            return make()
+
+        return memory(what, task, weight, counted)
+
+    given: dict[str, Any] = {"origin_rank_ratio": 0.16} if method == "cart_cart" else {}
+    merge_weights(method, BASE, EXPERTS, supplies={"remember": remember}, **given)
+    assert made
+    made.clear()
+    merge_weights("adarank", BASE, EXPERTS, supplies={"remember": remember, "entropy": entropy}, steps=0, start=start)
+    assert not made
+
+
+def test_a_start_that_keeps_nothing_is_its_origin_and_can_still_learn() -> None:
+    got, _ = merged("adarank", steps=0, start="tsv", rank_ratio=0.0)
+    assert_close(got, merge_weights("tsv_m", BASE, EXPERTS), atol=1e-5)
+    _, seen = merged("adarank", steps=5, lr=LR, start="tsv", rank_ratio=0.0)
+    assert any(bool((x > 0).any()) for x in seen[-1][1].values())
+
+
 def test_a_share_of_components_is_rounded_down_perhaps_to_none() -> None:
     for ratio, kept in ((0.1, 0), (0.2, 1), (0.99, 5), (1.0, 6)):
         _, seen = merged("adarank", steps=0, rank_ratio=ratio)
@@ -106,7 +142,7 @@ def test_masks_that_cannot_change_are_said_to_and_do_not() -> None:
     assert all(torch.equal(bits[0][name], bits[1][name]) for name in MASKED)
 
 
-@pytest.mark.parametrize("start", ["ta", "cart"])
+@pytest.mark.parametrize("start", ["ta", "cart", "tsv"])
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("rules", [{}, {"clamp": (0.0, 0.6)}, {"normalize": True}, {"temperature": 0.5}])
 def test_closed_form_gradients_are_those_of_autograd(start: str, soft: bool, rules: dict[str, Any]) -> None:
@@ -186,6 +222,43 @@ def test_signs_of_singular_vectors_and_the_side_on_which_a_weight_lies_do_not_ma
     )
 
 
+def test_what_cart_leaves_out_of_a_difference_weighs_the_sum_of_its_squared_values() -> None:
+    experts, name = {"t0": EXPERTS["t0"], "t1": EXPERTS["t1"]}, "layer.0.up.weight"
+    average = torch.stack([own[name] for own in experts.values()]).mean(dim=0)
+    got = merge_weights("cart", BASE, experts, rank_ratio=0.5, scale={"t0": 1.0, "t1": 0.0})[name]
+    left, values = experts["t0"][name] - got, torch.linalg.svdvals(experts["t0"][name] - average)
+    assert float(left.square().sum()) == pytest.approx(float(values[3:].square().sum()), rel=1e-4)
+
+
+def test_a_start_from_the_mean_of_one_expert_is_that_expert_and_has_nothing_to_mask() -> None:
+    got, seen = merged("adarank", experts={"t0": EXPERTS["t0"]}, steps=6, lr=LR, start="cart", rank_ratio=0.5)
+    assert_close(got, EXPERTS["t0"], atol=1e-6)
+    before = adarank.LOGITS[False]
+    assert all(bool(torch.isin(x, torch.tensor(before)).all()) for x in seen[-1][1].values())
+
+
+def test_an_expert_that_equals_the_base_changes_nothing_for_the_others() -> None:
+    alone, _ = merged("adarank", experts={"t0": EXPERTS["t0"]}, steps=5, lr=LR)
+    with pytest.warns(MergeWarning, match="'same' equals the base"):
+        beside, seen = merged("adarank", experts={"t0": EXPERTS["t0"], "same": BASE}, steps=5, lr=LR)
+    assert_close(beside, alone, atol=1e-6)
+    assert all(float(x[1]) == pytest.approx(0.3) for x in seen[-1][0].values())
+
+
+@pytest.mark.parametrize("start", ["ta", "cart"])
+def test_a_number_that_is_none_is_refused_before_any_decomposition(start: str) -> None:
+    broken = {name: x.clone() for name, x in EXPERTS["t1"].items()}
+    broken["layer.0.up.weight"][2, 3] = float("nan")
+    with pytest.raises(UserError, match=r"layer\.0\.up\.weight"):
+        merged("adarank", experts={"t0": EXPERTS["t0"], "t1": broken}, steps=1, start=start)
+
+
+def test_other_batches_teach_something_else() -> None:
+    got, _ = merged("adarank", steps=5, lr=LR)
+    other, _ = merged("adarank", how=lambda weights, step: entropy(weights, 4 - step), steps=5, lr=LR)
+    assert not all(torch.equal(got[name], other[name]) for name in MASKED)
+
+
 def test_the_squared_norm_of_what_is_kept_is_the_sum_of_its_squared_values() -> None:
     x = vectors()[0]["layer.0.down.weight"][:1]
     factors = _spectral.decompose(x[0])
@@ -236,12 +309,26 @@ def test_the_gradient_of_a_shared_coefficient_is_the_sum_of_all_layers() -> None
     torch.testing.assert_close(merged("adamerging_taskwise", steps=1)[1][0][2]["first"], by_layer)
 
 
+def test_the_gradient_of_a_blocks_coefficient_is_the_sum_of_its_layers() -> None:
+    by_layer, by_block = (merged("adamerging", steps=1, granularity=word)[1][0] for word in ("layer", "block"))
+    assert list(by_block[0]) == ["outside of blocks", "layer.0"]
+    slopes = by_layer[2]["first"].view(3, -1)
+    expected = torch.stack([slopes[:, 0], slopes[:, 1:].sum(dim=1)], dim=1)
+    torch.testing.assert_close(by_block[2]["first"].view(3, 2), expected)
+
+
+def test_blocks_of_any_architecture_are_known_by_their_number() -> None:
+    names = ["embeddings.word.weight", "h.11.mlp.c_fc.weight", "encoder.layer.3.output.dense.bias", "norm.weight"]
+    found = [adamerging.GROUPS["block"](name) for name in names]
+    assert found == ["outside of blocks", "h.11", "encoder.layer.3", "outside of blocks"]
+
+
 def test_one_task_at_one_gives_its_expert() -> None:
     got, _ = merged("adamerging", steps=0, scale={"t0": 0.0, "t1": 1.0, "t2": 0.0})
     assert_close(got, EXPERTS["t1"])
 
 
-@pytest.mark.parametrize("granularity", ["layer", "task"])
+@pytest.mark.parametrize("granularity", ["layer", "block", "task"])
 def test_the_first_step_has_the_length_of_the_rate(granularity: str) -> None:
     _, seen = merged("adamerging", steps=1, lr=0.01, granularity=granularity)
     found = torch.stack([x - 0.3 for x in seen[0][0].values()], dim=1)
