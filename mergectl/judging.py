@@ -48,12 +48,15 @@ class Judge:
         limit: int | None = None,
         batch_size: int = 64,
         varying: Iterable[str] | None = None,
+        again: bool = True,
         scratch: Path | None = None,
         share: float = 0.5,
         supplies: Mapping[str, Any] | None = None,
         inputs: str = "full",
     ) -> None:
         """Take the models, the tasks, and which settings vary (None: any may); recipe's own settings are not used.
+
+        `again` says whether values of settings come again but for chance, as those of a grid do.
 
         `scratch` is a folder in which processes on this machine share what they merged; else it lies in memory, up to
         a share of what is free. `supplies` are what `merge_stream` takes of them.
@@ -77,7 +80,7 @@ class Judge:
         self.rounds = rounds([len(bench.batches) for bench in by_template], _MASKED_ROUNDS if masked else None)
         identity = repr([row["digest"] for row in family.inputs])
         self.recombiner = self._recombiner(
-            None if varying is None else frozenset(varying), identity, scratch, lab, share
+            None if varying is None else frozenset(varying), again, identity, scratch, lab, share
         )
 
     def _benches(self, tasks: Sequence[Task], inputs: str, **how: Any) -> list[Bench]:
@@ -86,7 +89,7 @@ class Judge:
         return [make_bench(task, with_inputs(self.live.preparer_of(task.id), inputs), **how) for task in tasks]
 
     def _recombiner(
-        self, varying: frozenset[str] | None, identity: str, scratch: Path | None, lab: Lab, share: float
+        self, varying: frozenset[str] | None, again: bool, identity: str, scratch: Path | None, lab: Lab, share: float
     ) -> Recombiner | None:
         """Return what recombines candidates, where the method is linear in something that varies."""
         from mergectl.naming import match
@@ -101,8 +104,8 @@ class Judge:
         spill = lab.folder if lab.folder.exists() else None
         shelf = Shelf(device=self.live.device, folder=scratch, spill=spill, share=share)
         alone = varying is not None and varying <= {linear}
-        how: dict[str, Any] = {"alone": alone, "shelf": shelf, "identity": identity, "supplies": self.supplies}
-        return Recombiner(self.recipe, self.base, self.experts, live, linear, **how)
+        how: dict[str, Any] = {"alone": alone, "again": again, "identity": identity, "supplies": self.supplies}
+        return Recombiner(self.recipe, self.base, self.experts, live, linear, shelf=shelf, **how)
 
     def __call__(self, settings: dict[str, Any], watch: Watch | None = None) -> Verdict:
         """Merge with these settings and score the result on every task, as long as `watch` does not stop it.

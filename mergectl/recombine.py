@@ -66,18 +66,20 @@ class Recombiner:
         linear: str,
         *,
         alone: bool,
+        again: bool = True,
         shelf: Shelf,
         identity: str = "",
         supplies: Mapping[str, Any] | None = None,
     ) -> None:
         """Take the live tensors by the names of the weights; `alone` says that nothing else varies between calls.
 
+        `again` says that where something else varies, its values may come again: what is made for one then serves more.
         `identity` tells these models from others whose components lie on the same shelf.
         """
         import torch
 
         self.recipe, self.experts, self.live, self.linear = recipe, experts, live, linear
-        self.alone, self.shelf, self.supplies = alone, shelf, supplies or {}
+        self.alone, self.again, self.shelf, self.supplies = alone, again, shelf, supplies or {}
         self.identity = identity
         self.host = base
         device = next(iter(live.values())).device
@@ -130,7 +132,8 @@ class Recombiner:
         found = self.shelf.get(key, shape)
         if found is None:
             self._asked[key] += 1
-            if not self.alone and len(part.coefficients) > 1 and self._asked[key] < 2:
+            costly = len(part.coefficients) > 1 or not self.again
+            if not self.alone and costly and self._asked[key] < 2:
                 return None
             found = self.shelf.put(key, shape, lambda rows: self._make(part, rows))
         if not self._checked:

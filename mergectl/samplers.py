@@ -143,12 +143,15 @@ def _after(plan: Plan, start: np.ndarray[Any, Any], scores: Sequence[float]) -> 
 
 
 def _steps(plan: Plan) -> np.ndarray[Any, Any]:
-    """The first step in each dimension, as a share of its range: a sixth, or what `--sigma` says."""
+    """The first step in each dimension, as a share of its range: a sixth, or what `--sigma` says.
+
+    On a range in equal factors sigma is a logarithm: 0.7 is a factor of two.
+    """
     import numpy as np
 
     if plan.sigma is None:
         return np.full(len(plan.dimensions), 1 / 6)
-    return np.array([min(1.0, plan.sigma / max(d.high - d.low, 1e-12)) for d in plan.dimensions])
+    return np.array([min(1.0, plan.sigma / max(d.width, 1e-12)) for d in plan.dimensions])
 
 
 def _start(plan: Plan) -> np.ndarray[Any, Any]:
@@ -164,8 +167,7 @@ def _start(plan: Plan) -> np.ndarray[Any, Any]:
     for d in plan.dimensions:
         given = plan.start.get(d.name, plan.start.get(d.setting, d.start))
         inside = given is not None and d.low <= given <= d.high
-        start = given if inside and given is not None else (d.low + d.high) / 2
-        starts.append((start - d.low) / (d.high - d.low) if d.high > d.low else 0.5)
+        starts.append(d.share(given) if inside and given is not None else 0.5)
     return np.array(starts)
 
 

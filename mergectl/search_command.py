@@ -26,7 +26,6 @@ from mergectl.words import (
     On,
     Out,
     Refine,
-    Split,
     Storage,
     pairs,
 )
@@ -37,7 +36,7 @@ Ranges = Annotated[
     list[str] | None,
     typer.Option(
         "--range",
-        help="NAME=LOW:HIGH[:STEP] or NAME=word,word; NAME@PATTERN=... for the weights called so. May be repeated.",
+        help="NAME=LOW:HIGH[:STEP or :log] or NAME=word,word; NAME@PATTERN=... for the weights called so. Repeatable.",
     ),
 ]
 Fix = Annotated[list[str] | None, typer.Option("--fix", help="NAME=VALUE, not searched. May be repeated.")]
@@ -71,6 +70,9 @@ Prune = Annotated[
         help="Stop candidates that fall behind; CHANCE to stop one as good as the best, e.g. 0.05. Default: never.",
     ),
 ]  # fmt: skip
+SearchSplit = Annotated[
+    str, typer.Option("--split", "--search-split", help="fit, tune or report: the rows that candidates are scored on.")
+]
 Endpoints = Annotated[
     bool, typer.Option("--include-endpoints", help="With random and qmc: begin with the low and the high ends.")
 ]
@@ -94,7 +96,7 @@ def search(
     start: Start = None,
     sigma: Sigma = None,
     population: Population = None,
-    split: Split = "tune",
+    split: SearchSplit = "tune",
     allow_report: AllowReport = False,
     limit: Limit = None,
     batch_size: Batch = 64,

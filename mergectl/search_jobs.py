@@ -18,6 +18,7 @@ from mergectl.merge import MergeJob
 from mergectl.plan import Recipe
 from mergectl.preprocess import check_inputs
 from mergectl.pruning import Verdict
+from mergectl.range_ends import check_ends
 from mergectl.refs import Ref, Stack, ref_of
 from mergectl.reheading import HeadedModel
 from mergectl.samplers import check_plan, check_sampler
@@ -25,8 +26,9 @@ from mergectl.settings import MethodInfo, describe
 from mergectl.space import Dimension, space
 from mergectl.stacking import CutTokens, Stacked
 from mergectl.supplies import settled_options, supplies_of
+from mergectl.tasks import check_split, task_version
 from mergectl.trials import Plan, read_objectives
-from mergectl.verbs import REFS, check_split, options_config, task_version
+from mergectl.verbs import REFS, options_config
 
 if TYPE_CHECKING:
     from mergectl.benchmarks._contract import Task
@@ -132,9 +134,10 @@ class Prepared:
         how["inputs"] = job.inputs
         if job.workers > 1:
             how["scratch"] = self.scratch
-        varying = {d.setting for d in self.plan.dimensions}
-        how["supplies"] = self.supplies
-        judge = Judge(self.lab, job.merge.recipe, self.family, self.tasks, varying=varying, **how)
+        how["varying"] = {d.setting for d in self.plan.dimensions}
+        free = {d.setting for d in self.plan.dimensions if d.kind == "float" and not d.step}
+        how["again"] = self.plan.sampler == "grid" or free <= set(describe(job.merge.recipe.method).linear)
+        judge = Judge(self.lab, job.merge.recipe, self.family, self.tasks, supplies=self.supplies, **how)
         return Measured(judge) if "size" in self.plan.objectives else judge
 
 
@@ -175,6 +178,7 @@ def prepare(lab: Lab, job: SearchJob) -> Prepared:
         info.settings, list(family.experts), ranges=job.ranges, fixed=fixed, per_task=job.per_task,
         per_layer=_layered(job.per_layer, info), names=list(family.population.base),
     )  # fmt: skip
+    check_ends(info, dimensions, fixed, list(family.experts))
     tasks = lab.tasks(job.words or list(dict.fromkeys(family.task_ids[task] for task in family.experts)))
     check_split(tasks, job.split)
     objectives = read_objectives(job.objective, [task.id for task in tasks])
@@ -214,7 +218,7 @@ def _check_kept(info: MethodInfo, dimensions: Sequence[Dimension], objectives: S
 
 
 def _described(d: Dimension) -> Any:
-    return list(d.words) if d.kind == "word" else [d.low, d.high, d.step]
+    return list(d.words) if d.kind == "word" else [d.low, d.high, d.step, *(["log"] if d.log else [])]
 
 
 def told(prepared: Prepared) -> dict[str, Any]:

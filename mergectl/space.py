@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from mergectl.errors import UserError, did_you_mean
 from mergectl.layers import is_front, stacks
+from mergectl.ranges import inside, read_range, steps
 
 if TYPE_CHECKING:
-    from mergectl.methods._contract import Between
     from mergectl.settings import Setting
 
 
@@ -34,6 +34,7 @@ class Dimension:
     start: float | None = None  # the setting's default, where an evolutionary search begins
     group: str | None = None  # how the weights are called: a pattern, or `layers 1-4`
     patterns: tuple[str, ...] = ()
+    log: bool = False  # equal factors count as equal steps
 
     @property
     def name(self) -> str:
@@ -45,18 +46,36 @@ class Dimension:
         """The value at this share of the range; of words the one in this place."""
         if self.kind == "word":
             return self.words[min(int(share * len(self.words)), len(self.words) - 1)]
-        value = self.low + min(max(share, 0.0), 1.0) * (self.high - self.low)
+        share = min(max(share, 0.0), 1.0)
+        value = self.low + share * (self.high - self.low)
+        if self.log:
+            value = min(max(self.low * (self.high / self.low) ** share, self.low), self.high)
         if self.step:
             value = min(self.high, round(self.low + round((value - self.low) / self.step) * self.step, 10))
         return round(value) if self.kind == "int" else value
+
+    def share(self, value: float) -> float:
+        """How far along the range a value of it lies."""
+        if self.high <= self.low:
+            return 0.5
+        if self.log:
+            return math.log(value / self.low) / self.width
+        return (value - self.low) / self.width
+
+    @property
+    def width(self) -> float:
+        """How wide the range is; of a range in equal factors the logarithm of its highest by its lowest."""
+        return math.log(self.high / self.low) if self.log else self.high - self.low
 
     def points(self, count: int) -> list[Any]:
         """The values that a grid tries: all words, every step, or `count` evenly spaced numbers."""
         if self.kind == "word":
             return list(self.words)
+        if self.log:
+            return list(dict.fromkeys(self.at(i / (max(count, 2) - 1)) for i in range(max(count, 2))))
         if self.kind == "int":
             return list(range(int(self.low), int(self.high) + 1, int(self.step or 1)))
-        count = _steps(self.low, self.high, self.step) + 1 if self.step else max(count, 2)
+        count = steps(self.low, self.high, self.step) + 1 if self.step else max(count, 2)
         gap = self.step or (self.high - self.low) / (count - 1)
         return [round(self.low + i * gap, 10) for i in range(count)]
 
@@ -185,67 +204,15 @@ def _numbers(setting: Setting, text: str | None) -> Dimension:
             raise UserError(f"Give '{setting.name}' a range: --range {setting.name}=LOW:HIGH.")
         low, high = limits.search or (limits.low, limits.high)
         return Dimension(setting.name, setting.type, low, high, start=_start(setting))
-    low, high, step = _read_range(setting, text)
-    if limits is not None and not _inside(limits, low, high):
+    low, high, step, log = read_range(setting, text)
+    if limits is not None and not inside(limits, low, high):
         borders = f"{limits.low:g} and {'below ' if limits.high_open else ''}{limits.high:g}"
         raise UserError(
             f"{setting.name} must lie between {'above ' if limits.low_open else ''}{borders}; --range asks for {text}."
         )
     if step is not None:  # the last point, where the steps do not end at HIGH
-        high = round(low + _steps(low, high, step) * step, 10)
-    return Dimension(setting.name, setting.type, low, high, step, start=_start(setting))
-
-
-def _read_range(setting: Setting, text: str) -> tuple[float, float, float | None]:
-    wrong = f"--range {setting.name}={text} is not LOW:HIGH or LOW:HIGH:STEP"
-    if text.startswith("linear+"):
-        legacy = read_legacy(setting.name, text)
-        _check_whole(setting, text, legacy)
-        return legacy
-    try:
-        numbers = [float(part) for part in text.split(":")]
-    except ValueError as error:
-        raise UserError(f"{wrong}.") from error
-    if len(numbers) not in (2, 3) or not -math.inf < numbers[0] < numbers[1] < math.inf:
-        raise UserError(f"{wrong} with LOW below HIGH.")
-    if len(numbers) == 3 and not 0 < numbers[2] <= (numbers[1] - numbers[0]) * (1 + 1e-9):
-        raise UserError(f"{wrong} with a STEP above 0 and no wider than the range.")
-    _check_whole(setting, text, numbers)
-    return numbers[0], numbers[1], numbers[2] if len(numbers) == 3 else None
-
-
-def _check_whole(setting: Setting, text: str, numbers: Sequence[float]) -> None:
-    if setting.type == "int" and not all(number.is_integer() for number in numbers):
-        raise UserError(f"--range {setting.name}={text}: {setting.name} takes whole numbers only.")
-
-
-def read_legacy(name: str, text: str) -> tuple[float, float, float]:
-    """Read `linear+0.8+2.21+0.1`, the older grids: from the first to below the second, rounded to one decimal."""
-    import numpy as np
-
-    try:
-        low, end, step = (float(part) for part in text.split("+")[1:])
-        values = sorted({round(float(value), 1) for value in np.arange(low, end, step)})
-    except (ValueError, ZeroDivisionError) as error:
-        raise UserError(f"--range {name}={text} is not linear+START+END+STEP.") from error
-    gaps = {round(b - a, 1) for a, b in itertools.pairwise(values)}
-    if not values or len(gaps) > 1:
-        raise UserError(
-            f"--range {name}={text} holds no even steps once its values are rounded to one decimal, as this form does. "
-            f"Write it as {name}=LOW:HIGH:STEP."
-        )
-    return values[0], values[-1], gaps.pop() if gaps else 0.1
-
-
-def _inside(limits: Between, low: float, high: float) -> bool:
-    above = low > limits.low if limits.low_open else low >= limits.low
-    below = high < limits.high if limits.high_open else high <= limits.high
-    return above and below
-
-
-def _steps(low: float, high: float, step: float) -> int:
-    """How many whole steps fit, rounding errors forgiven."""
-    return math.floor((high - low) / step + 1e-9)
+        high = round(low + steps(low, high, step) * step, 10)
+    return Dimension(setting.name, setting.type, low, high, step, start=_start(setting), log=log)
 
 
 def _start(setting: Setting) -> float | None:
@@ -257,6 +224,8 @@ def to_settings(params: Mapping[str, Any], dimensions: Sequence[Dimension], fixe
     settings = dict(fixed)
     for dimension in dimensions:
         value = params[dimension.name]
+        if dimension.kind == "float" and dimension.step:  # Optuna adds steps up: 0.15000000000000002
+            value = round(value, 10)
         for pattern in dimension.patterns or (None,):
             place, key = settings, dimension.setting
             if pattern is not None:
@@ -276,7 +245,7 @@ def distributions(dimensions: Sequence[Dimension]) -> dict[str, Any]:
         if d.kind == "word":
             made[d.name] = CategoricalDistribution(d.words)
         elif d.kind == "int":
-            made[d.name] = IntDistribution(int(d.low), int(d.high), step=int(d.step or 1))
+            made[d.name] = IntDistribution(int(d.low), int(d.high), step=int(d.step or 1), log=d.log)
         else:
-            made[d.name] = FloatDistribution(d.low, d.high, step=d.step)
+            made[d.name] = FloatDistribution(d.low, d.high, step=d.step, log=d.log)
     return made

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib
 import os
 import re
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     import optuna
 
 JOURNAL = "journal.log"
+PACKAGES = {"grpc": "'mergectl[grpc]'", "google": "'mergectl[grpc]'", "psycopg": "'mergectl[postgres]'"}
+ANSWERS = 10.0  # seconds in which a gRPC proxy must answer
 
 
 class JournalLock:
@@ -72,17 +76,37 @@ def open_storage(folder: Path, where: str | None) -> Any:
         if text.startswith("sqlite:"):
             raise UserError("SQLite may hand one candidate to two workers. Take a journal on a folder, or PostgreSQL.")
         if match := re.fullmatch(r"(?:grpc://)?([\w.-]+):(\d+)", text):
-            return optuna.storages.GrpcStorageProxy(host=match[1], port=int(match[2]))
+            return _open_proxy(match[1], int(match[2]))
         if "://" in text:
             return optuna.storages.RDBStorage(text)
     except ImportError as error:
-        raise UserError(f"--study-storage {text} needs the package '{error.name}': pip install {error.name}") from error
+        package = PACKAGES.get(str(error.name).partition(".")[0])
+        way = f"pip install {package}" if package else str(error).splitlines()[0]
+        raise UserError(f"--study-storage {text} needs a package that is not here: {way}") from error
     except UserError:
         raise
     except Exception as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise UserError(f"--study-storage {text} cannot be opened: {reason}.") from error
     return _open_journal(journal_of(folder, where))
+
+
+def _open_proxy(host: str, port: int) -> Any:
+    """Open a gRPC proxy that answers; alone it would be asked first in the midst of a search."""
+    import optuna
+
+    for package in ("grpc", "google.protobuf"):  # of one that is missing Optuna tells no name
+        importlib.import_module(package)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        storage = optuna.storages.GrpcStorageProxy(host=host, port=port)
+    try:
+        storage.wait_server_ready(timeout=ANSWERS)
+    except ConnectionError as error:
+        raise UserError(
+            f"No gRPC proxy answers at {host}:{port}. Start one there with optuna.storages.run_grpc_proxy_server."
+        ) from error
+    return storage
 
 
 def journal_of(folder: Path, where: str | None) -> Path:

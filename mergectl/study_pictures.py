@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,8 +23,9 @@ def pictures(found: Mapping[str, Any]) -> list[Chart]:
     if len(found["objectives"]) > 1:
         made.append(_front(found))
     names = _by_importance(found, first)
-    made += [_contour(history, first, names)]
-    made += [_slice(history, first, name) for name in names]
+    factors = found["log"]
+    made += [_contour(history, first, names, factors)]
+    made += [_slice(history, first, name, log=name in factors) for name in names]
     return [chart for chart in made if chart is not None]
 
 
@@ -78,33 +80,38 @@ def _values(history: Sequence[Mapping[str, Any]], name: str) -> list[float]:
     return values if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values) else []
 
 
-def _slice(history: Sequence[Mapping[str, Any]], first: str, name: str) -> Plot:
+def _slice(history: Sequence[Mapping[str, Any]], first: str, name: str, *, log: bool) -> Plot:
     points = tuple(
         Point(row["settings"][name], scaled(first, row[first]), f"candidate {row['candidate']}")
         for row in history
         if name in row["settings"]
     )
-    return Plot(f"{unit(first).partition(',')[0]} over {name}", name, unit(first), (Series("candidates", points),))
+    return Plot(f"{unit(first).partition(',')[0]} over {name}", name, unit(first), (Series("candidates", points),), log)
 
 
-def _contour(history: Sequence[Mapping[str, Any]], first: str, names: Sequence[str]) -> Field | None:
-    """The objective over the two settings that mattered most, linear between the candidates."""
+def _contour(
+    history: Sequence[Mapping[str, Any]], first: str, names: Sequence[str], factors: Sequence[str]
+) -> Field | None:
+    """The objective over the two settings that mattered most, linear between the candidates.
+
+    A setting that was searched in equal factors is drawn by its logarithm.
+    """
     rows = [row for row in history if all(name in row["settings"] for name in names[:2])]
     if len(names) < 2 or len(rows) < FEWEST:
         return None
     a, b = names[:2]
+
+    def place(row: Mapping[str, Any], name: str) -> float:
+        value = float(row["settings"][name])
+        return math.log10(value) if name in factors else value
+
     tried = tuple(
-        (
-            float(row["settings"][a]),
-            float(row["settings"][b]),
-            scaled(first, row[first]),
-            f"candidate {row['candidate']}",
-        )
-        for row in rows
+        (place(row, a), place(row, b), scaled(first, row[first]), f"candidate {row['candidate']}") for row in rows
     )
     xs, ys = _middles([point[0] for point in tried]), _middles([point[1] for point in tried])
     cells = _between(tried, xs, ys)
-    return None if cells is None else Field(f"{first} over {a} and {b}", a, b, unit(first), xs, ys, cells, tried)
+    across, up = (f"log10 of {name}" if name in factors else name for name in (a, b))
+    return None if cells is None else Field(f"{first} over {a} and {b}", across, up, unit(first), xs, ys, cells, tried)
 
 
 def _middles(values: Sequence[float]) -> tuple[float, ...]:

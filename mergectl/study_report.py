@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from mergectl.errors import UserError
 from mergectl.lab import Lab
 from mergectl.report import as_text
 from mergectl.studies import close, is_journal, journal_of, load_study, open_storage
-from mergectl.terminal import print_table
+from mergectl.study_text import show
 from mergectl.trials import directions
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def show_study(lab: Lab, name: str, storage: str | None, form: str) -> None:
         rows = [tuple(_flat(row[column]) for column in columns) for row in found["history"]]
         print(as_text(Table(columns, rows), form))
     else:
-        _print(found)
+        show(found)
 
 
 def documents(lab: Lab, names: Sequence[str], storage: str | None, *, must: bool) -> list[dict[str, Any]]:
@@ -77,7 +77,7 @@ def from_store(lab: Lab, name: str) -> dict[str, Any]:
     return {
         "study": name, "searched_on": lab.store.query(SPLIT, [name]).rows[0][0] or "tune", "objectives": ["mean"],
         "states": {status: [row["status"] for row in rows].count(status) for status in {r["status"] for r in rows}},
-        "history": history, "importance": {"mean": None}, "importance_by": "PED-ANOVA", "slices": {},
+        "history": history, "importance": {"mean": None}, "importance_by": "PED-ANOVA", "slices": {}, "log": [],
         "front": [] if best is None else [best["trial"]],
         "refused": [
             {"candidate": row["trial"], "settings": _unfolded(row["recipe"]), "why": row["error"]}
@@ -115,6 +115,7 @@ def document(study: optuna.Study) -> dict[str, Any]:
         "importance": {name: _importance(study, place) for place, name in enumerate(objectives)},
         "importance_by": "PED-ANOVA",
         "slices": _slices(trials, objectives),
+        "log": _in_factors(trials),
         "front": [trial.user_attrs["candidate"] for trial in _best(study, trials)],
         "refused": _refused(trials),
     }
@@ -178,19 +179,33 @@ def _slices(trials: Sequence[Any], objectives: Sequence[str]) -> dict[str, list[
         for trial in own:
             groups.setdefault(_bin(trial, name), []).append(trial.values[0])
         found[name] = [
-            {"value": label, "trials": len(values), f"mean {objectives[0]}": sum(values) / len(values),
+            {"value": label, "trials": len(values), "average": sum(values) / len(values),
              "lowest": min(values), "highest": max(values)}
             for label, values in ((groups_of, groups[groups_of]) for groups_of in sorted(groups, key=_order))
         ]  # fmt: skip
     return found
 
 
+def _in_factors(trials: Sequence[Any]) -> list[str]:
+    """The settings that were searched in equal factors."""
+    kinds = [(name, kind) for trial in trials for name, kind in trial.distributions.items()]
+    return sorted({name for name, kind in kinds if getattr(kind, "log", False)})
+
+
 def _bin(trial: Any, name: str) -> str:
     kind, value = trial.distributions[name], trial.params[name]
     if not hasattr(kind, "low") or kind.low == kind.high:
         return str(value)
-    place = min(int((value - kind.low) / (kind.high - kind.low) * BINS), BINS - 1)
-    low, high = (kind.low + (kind.high - kind.low) * edge / BINS for edge in (place, place + 1))
+    if kind.log:
+        share, factor = (
+            math.log(value / kind.low) / math.log(kind.high / kind.low),
+            (kind.high / kind.low) ** (1 / BINS),
+        )
+        place = min(int(share * BINS), BINS - 1)
+        low, high = (kind.low * factor**edge for edge in (place, place + 1))
+    else:
+        place = min(int((value - kind.low) / (kind.high - kind.low) * BINS), BINS - 1)
+        low, high = (kind.low + (kind.high - kind.low) * edge / BINS for edge in (place, place + 1))
     return f"{low:.4g} to {high:.4g}"
 
 
@@ -215,42 +230,3 @@ def _refused(trials: Sequence[Any]) -> list[dict[str, Any]]:
         for trial in trials
         if "refused" in trial.user_attrs
     ]
-
-
-def _print(found: dict[str, Any]) -> None:
-    if not found["states"]:
-        raise UserError(f"The study '{found['study']}' holds no trial of a search.")
-    states = ", ".join(f"{count} {word}" for word, count in found["states"].items())
-    print(f"Study {found['study']}: {states}; searched on '{found['searched_on']}'.")
-    if found["searched_on"] == "report":
-        print("This search chose by 'report': scores on it are no fair test of what it found.")
-    objectives, best = found["objectives"], f"best {found['objectives'][0]}"
-    rows = [
-        (row["candidate"], *(row[name] for name in objectives), row[best], row["seconds"], _words(row["settings"]))
-        for row in found["history"]
-    ]
-    print_table("History", ("trial", *objectives, best, "seconds", "settings"), rows)
-    for name, shares in found["importance"].items():
-        if shares:
-            print_table(f"Importance for {name} ({found['importance_by']})", ("setting", "share"), list(shares.items()))
-    for name, rows_of in found["slices"].items():
-        if rows_of:
-            print_table(f"Values of {name}", tuple(rows_of[0]), [tuple(row.values()) for row in rows_of])
-    _print_front(found)
-    if found["refused"]:
-        rows = [(row["candidate"], row["why"], _words(row["settings"])) for row in found["refused"]]
-        print_table("Refused", ("trial", "why", "settings"), rows, left=3)
-
-
-def _print_front(found: dict[str, Any]) -> None:
-    if not found["front"]:
-        return
-    objectives = found["objectives"]
-    chosen = [row for row in found["history"] if row["candidate"] in found["front"]]
-    rows = [(row["candidate"], *(row[name] for name in objectives), _words(row["settings"])) for row in chosen]
-    title = "Best" if len(objectives) == 1 else "Pareto front"
-    print_table(title, ("trial", *objectives, "settings"), rows)
-
-
-def _words(settings: dict[str, Any]) -> str:
-    return ", ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in settings.items())

@@ -14,12 +14,20 @@ from typing import TYPE_CHECKING, Any
 from mergectl.board import Board, board
 from mergectl.crew import PARENT, LocalCrew, end_with_parent, worker_command
 from mergectl.errors import UserError
+from mergectl.evaluations import evaluate_model
 from mergectl.lab import Lab
 from mergectl.search import best_trial, search
 from mergectl.search_jobs import Prepared, SearchJob, heard, prepare, told
 from mergectl.studies import claim, close, load_study, open_study
 from mergectl.trials import Trial, directions, front
-from mergectl.verbs import Result, evaluate_model, merge_models, record_calibration, record_inputs, spare_inputs
+from mergectl.verbs import (
+    Result,
+    merge_models,
+    record_calibration,
+    record_inputs,
+    record_model,
+    spare_inputs,
+)
 from mergectl.workers import Leader, study_facts, work
 
 if TYPE_CHECKING:
@@ -47,11 +55,11 @@ def search_settings(lab: Lab, job: SearchJob, out: Path, *, force: bool = False,
         record_inputs(run, prepared.family)
         if prepared.job.merge.options.get("calibration"):  # here and now: local workers then find it done
             record_calibration(run, prepared.supplies)
-        trials = _run_study(prepared, run)
+        trials, scores = _run_study(prepared, run)
         best = best_trial(trials, prepared.plan)
         final = replace(job.merge, recipe=replace(job.merge.recipe, settings=best.settings))
         merged = merge_models(lab, final, out, force=force)
-        run.artifact("model", str(out.absolute()), merged["digest"])
+        record_model(run, out, merged["digest"])
         words = [task.id for task in prepared.tasks]
         scored = evaluate_model(lab, str(out), words, split="report", batch_size=job.batch_size)
         run.metric("best_score", best.score, split=job.split)
@@ -63,7 +71,8 @@ def search_settings(lab: Lab, job: SearchJob, out: Path, *, force: bool = False,
             run.note("searched_on", "report")
     return {
         "run": run.id, "out": str(out), "study": prepared.study, "best": best, "report": scored["evaluation"],
-        "objectives": prepared.plan.objectives, "front": front(trials, prepared.plan.objectives), "again": False,
+        "objectives": prepared.plan.objectives, "front": front(trials, prepared.plan.objectives), "scores": scores,
+        "evaluated": len(trials), "again": False,
     }  # fmt: skip
 
 
@@ -79,7 +88,8 @@ def _interrupted(lab: Lab, config: Mapping[str, Any]) -> bool:
     return bool(rows) and not any(status == "finished" for (status,) in rows)
 
 
-def _run_study(prepared: Prepared, run: Run) -> list[Trial]:
+def _run_study(prepared: Prepared, run: Run) -> tuple[list[Trial], dict[str, float]]:
+    """Have all candidates scored; return them, and what the best one scored on each task."""
     lab, job, plan = prepared.lab, prepared.job, prepared.plan
     title = f"Searching {job.merge.recipe.method} by {plan.sampler}"
     recorded = _recorded(lab, prepared.study)
@@ -98,7 +108,7 @@ def _run_study(prepared: Prepared, run: Run) -> list[Trial]:
         lab.terminal.say(shown.line())
         if plan.prune is not None and shown.total:
             run.metric("evaluated_share", shown.rows / shown.total, split=job.split)
-        return trials
+        return trials, shown.scores
 
 
 def _noting(prepared: Prepared, run: Run, recorded: set[int], shown: Board) -> Any:

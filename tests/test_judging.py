@@ -147,6 +147,18 @@ def test_components_are_not_made_for_a_candidate_that_comes_but_once(
     assert len(seen) == 3
 
 
+def test_one_component_is_kept_only_where_its_setting_may_come_again(
+    population: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = counted(monkeypatch)
+    for again, merges in ((True, 2 + 1), (False, 2)):  # and one to see that the method is linear indeed
+        judge = make(population, "ties", "scale", "density", again=again)
+        seen.clear()
+        verdicts = [judge({"scale": 0.7, "density": density}).scores for density in (0.2, 0.6)]
+        assert len(seen) == merges
+        assert verdicts == [slowly(judge)({"scale": 0.7, "density": density}).scores for density in (0.2, 0.6)]
+
+
 LIAR = '''"""Add the task vectors times the square of what is called their scale."""
 
 from typing import Annotated

@@ -22,12 +22,15 @@ import numpy as np
 import pytest
 
 from mergectl.board import Board
+from mergectl.charts import Plot
 from mergectl.errors import UserError, WorkError
 from mergectl.pruning import Answers, Verdict
 from mergectl.samplers import SAMPLERS, check_plan
 from mergectl.search import search
 from mergectl.space import Dimension
 from mergectl.studies import claim, open_study
+from mergectl.study_pictures import pictures
+from mergectl.study_text import show
 from mergectl.trials import Plan, Trial, best_of, directions, front, read_objectives
 from tests.conftest import Cli
 
@@ -251,6 +254,27 @@ def test_cmaes_begins_where_it_is_told_with_the_step_it_is_told() -> None:
     assert found.std(axis=0) == pytest.approx([0.01, 0.01], rel=0.2)
 
 
+@pytest.mark.parametrize("sampler", ["random", "qmc", "cmaes"])
+def test_a_log_range_has_as_many_candidates_in_each_decade(sampler: str) -> None:
+    decades = Dimension("x", "float", 1e-5, 1e-1, start=1e-3, log=True)
+    found = np.log10([candidate["x"] for candidate in walk((decades, Y), 400, sampler=sampler, population=None)])
+    assert found.min() >= -5 and found.max() <= -1
+    if sampler == "cmaes":  # a sixth of four decades around the default
+        first = [c["x"] for seed in range(60) for c in walk((decades, Y), 6, seed)]
+        assert np.log10(first).mean() == pytest.approx(-3, abs=0.15)
+        assert np.log10(first).std() == pytest.approx(4 / 6, rel=0.2)
+    else:
+        assert np.histogram(found, bins=4, range=(-5, -1))[0] == pytest.approx([100] * 4, abs=30)
+
+
+def test_sigma_of_a_log_range_is_the_logarithm_of_a_factor() -> None:
+    decades = Dimension("x", "float", 1e-5, 1e-1, log=True)
+    made = walk((decades, Y), 200, start={"x": 1e-2}, sigma=float(np.log(1.1)), population=200)
+    found = np.log([candidate["x"] for candidate in made])
+    assert found.mean() == pytest.approx(np.log(1e-2), abs=0.02)
+    assert found.std() == pytest.approx(np.log(1.1), rel=0.2)
+
+
 def test_cmaes_stays_in_a_box_that_it_begins_at_the_edge_of() -> None:
     found = np.array([list(candidate.values()) for candidate in walk((X, Y), 60, start={"x": 1.0, "y": 2.0})])
     assert (found.max(axis=0) <= [1.0, 2.0]).all()
@@ -392,10 +416,14 @@ def test_the_board_says_where_a_search_stands() -> None:
     shown.see(Trial(2, {}, 0.7, False, (0.7,), pruned=True), Verdict({"a": 0.7}, 0.0, rows=5, total=10))
     lines = shown.lines()
     assert lines["trials"].startswith("3 of 8")
-    assert lines["best mean"] == "0.5000 (trial 0)"
+    assert (lines["best mean"], lines["per task"]) == ("50.00 % (trial 0)", "a 50.00")
     assert (lines["refused"], lines["settings"]) == ("1", "x=0.25, y=(a 1)")
-    assert "best 0.5000 (trial 0)" in shown.line()
+    assert "best 50.00 % (trial 0)" in shown.line()
+    assert "left" in shown.line()
     assert "stopped early 1 (50% of the rows evaluated)" in shown.line()
+    for number in range(3, 8):
+        shown.see(Trial(number, {}, 0.1, False, (0.1,)), Verdict({"a": 0.1}, 0.0))
+    assert "left" not in shown.line()
 
 
 # From here on as a user types it.
@@ -461,6 +489,16 @@ def test_the_best_trial_is_what_is_written_told_and_scored(cli: Cli, capsys: Cap
     ]
     scored = asked(cli, capsys, "select task, value from metrics where split = 'report' and name = 'score'")
     assert {row["task"]: row["value"] for row in scored} == told["tasks"]
+
+
+def test_the_model_that_a_search_wrote_stands_in_the_store_with_its_size(
+    cli: Cli, capsys: Capture, told: dict[str, Any]
+) -> None:
+    (row,) = asked(cli, capsys, f"select kind, bytes from artifacts where run_id = '{told['run']}'")
+    assert row == {
+        "kind": "model",
+        "bytes": sum(file.stat().st_size for file in Path("best").rglob("*") if file.is_file()),
+    }
 
 
 def test_a_setting_searched_per_task_differs_per_task(told: dict[str, Any]) -> None:
@@ -645,6 +683,7 @@ def test_settings_that_differ_between_weights_score_in_memory_what_their_folder_
         ("ties", ["--per-layer", 3], "--per-layer 3: a model is split into at least 2 and at most its 2 layers."),
         ("ties", ["--start", "scale=high"], "--start scale=high is not a number."),
         ("ties", ["--split", "report"], "A search may not look at 'report'"),
+        ("ties", ["--search-split", "report"], "A search may not look at 'report'"),
         ("ties", ["--objective", "accuracy"], "No objective 'accuracy'."),
     ],
 )
@@ -654,6 +693,49 @@ def test_what_cannot_be_searched_is_refused_in_a_sentence(
     assert cli(*words(population, *more, method=method)) == 2
     assert sentence in capsys.readouterr().err
     assert not Path("best").exists()
+
+
+def test_the_rank_of_a_refinement_is_searched_like_any_other_setting(
+    cli: Cli, capsys: Capture, population: Path
+) -> None:
+    more = ["--trials", 2, "--limit", 20, "--range", "rank_scale=0.5:0.9", "--fix", "scale=0.3"]
+    assert cli("--json", *words(population, *more, method="pave_ta")) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert 0.5 <= told["settings"]["rank_scale"] <= 0.9
+    made = json.loads(Path("best/mergectl.json").read_text())["recipe"]["settings"]
+    assert made["rank_scale"] == told["settings"]["rank_scale"]
+
+
+@pytest.mark.parametrize("more", [[], ["--range", "extrapolate=true,false"], ["--fix", "extrapolate=true"]])
+def test_a_range_beyond_what_the_method_takes_is_refused_before_the_first_candidate(
+    cli: Cli, capsys: Capture, population: Path, more: list[object]
+) -> None:
+    model = ["--base", population / "base", "--experts", population / "digit", "-o", "best"]
+    code = cli("search", "interpolate", *model, "--trials", 2, "--limit", 20, "--range", "alpha=0:1.5", *more)
+    if "--fix" in more:
+        assert code == 0
+        return
+    assert code == 2
+    error = capsys.readouterr().err
+    assert "--range alpha=0:1.5 goes too far for 'interpolate': alpha must lie between 0.0 and 1.0, got 1.5" in error
+    assert not Path("best").exists()
+
+
+def test_a_log_range_is_searched_and_shown_in_equal_factors(cli: Cli, capsys: Capture, population: Path) -> None:
+    more = ["--range", "scale=0.01:1:log", "--trials", 6, "--limit", 20, "--study", "factors"]
+    assert cli(*words(population, *more)) == 0
+    capsys.readouterr()
+    assert cli("--json", "report", "--study", "factors") == 0
+    study = json.loads(capsys.readouterr().out)
+    assert study["log"] == ["scale"]
+    edges = [float(row["value"].partition(" to ")[2]) for row in study["slices"]["scale"]]
+    assert {round(float(np.log10(edge)), 3) for edge in edges} <= {-1.6, -1.2, -0.8, -0.4, 0.0}
+    assert sum(row["trials"] for row in study["slices"]["scale"]) == 6
+    (plot,) = (chart for chart in pictures(study) if isinstance(chart, Plot) and chart.x == "scale")
+    assert plot.log_x
+    assert cli(*words(population, *more, "--trials", 7, "--force")) == 0  # it goes on; with equal steps it may not
+    assert cli(*words(population, *more, "--range", "scale=0.01:1", "--trials", 7, "--force")) == 2
+    assert "belongs to another search" in capsys.readouterr().err
 
 
 def test_a_search_on_report_is_marked_wherever_it_is_shown(cli: Cli, capsys: Capture, population: Path) -> None:
@@ -704,6 +786,41 @@ def test_a_study_is_shown_with_what_mattered_and_what_was_refused(cli: Cli, caps
     assert all("keep" in row["error"] for row in rows if row["status"] == "failed")
     for form in ((), ("--csv",), ("--md",)):
         assert cli("report", "--study", "mine", *form) == 0
+    shown = capsys.readouterr().out
+    assert "Values of keep (mean, %)" in shown
+    assert f"{100 * study['history'][0]['mean']:.2f}" in shown
+
+
+def test_of_a_long_history_the_steps_upwards_are_printed(capsys: Capture) -> None:
+    means = [0.1, 0.05, *[0.2 + n / 1000 for n in range(3)], *[0.15] * 60]
+    best = [max(means[: n + 1]) for n in range(len(means))]
+    history = [
+        {"candidate": n, "mean": mean, "best mean": top, "seconds": 1.0, "scores": {"s/a": mean}, "settings": {"x": n}}
+        for n, (mean, top) in enumerate(zip(means, best, strict=True))
+    ]
+    found: dict[str, Any] = {
+        "study": "long", "searched_on": "tune", "objectives": ["mean"], "states": {"finished": 65}, "history": history,
+        "importance": {"mean": None}, "importance_by": "", "slices": {}, "front": [4], "refused": [], "log": [],
+    }  # fmt: skip
+    show(found)
+    table, _, front = capsys.readouterr().out.partition("Best ")
+    assert "History: those of 65 trials" in table
+    assert re.findall(r"^│ (\d+) ", table, re.M) == ["0", "2", "3", "4"]
+    assert re.findall(r"^│ (\d+) +│ x=4 +│ +20.20 │ +20.20 │", front, re.M) == ["4"]
+
+
+def test_a_search_ends_with_its_best_settings_and_the_way_to_look_at_it(
+    cli: Cli, capsys: Capture, told: dict[str, Any], population: Path
+) -> None:
+    assert cli(*words(population, *SMALL, "--force")) == 0  # all its candidates are read back
+    out = capsys.readouterr().out
+    assert f"mergectl report --study {told['study']}" in out
+    assert f"Trial {told['trial']} of 4: scale=(parity " in out
+    assert told["tune_tasks"].keys() == told["tasks"].keys()
+    for task, score in told["tune_tasks"].items():
+        line = rf"{task} +│ +{100 * score:.1f} │ +{100 * told['tasks'][task]:.1f} │"
+        assert re.search(line, out)
+    assert sum(told["tune_tasks"].values()) / 3 == pytest.approx(told["tune"])
 
 
 def test_a_study_that_is_not_there(cli: Cli, capsys: Capture) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from optuna.trial import TrialState
 
-from mergectl import workers
+from mergectl import studies, workers
 from mergectl.errors import UserError, WorkError
 from mergectl.search import best_trial, read, search
 from mergectl.studies import close, load_study, open_study
@@ -267,6 +267,7 @@ def test_what_an_ended_search_left_queued_is_taken_back(tmp_path: Path) -> None:
     [
         ("sqlite:///studies.db", "SQLite may hand one candidate to two workers"),
         ("nonsense://host/db", "--study-storage nonsense://host/db cannot be opened"),
+        ("mysql://host/db", "--study-storage mysql://host/db needs a package that is not here: Failed to import DB"),
     ],
 )
 def test_a_storage_that_cannot_work_is_refused(where: str, sentence: str, tmp_path: Path) -> None:
@@ -329,3 +330,62 @@ def test_workers_share_a_study_in_postgresql(tmp_path: Path) -> None:
         process.wait()
     assert sorted(trial.user_attrs["candidate"] for trial in trials) == list(range(12))
     assert values(found) == values(alone(tmp_path / "alone", "cmaes", 12))
+
+
+class _Absent:
+    """Finds packages and says that they are not there."""
+
+    def find_spec(self, name: str, *_: Any) -> None:
+        if name.partition(".")[0] == "grpc":
+            raise ModuleNotFoundError(f"No module named '{name}'", name=name)
+
+
+def test_a_proxy_without_its_package_is_refused_with_the_way_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "grpc"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [_Absent(), *sys.meta_path])
+    with (
+        pytest.raises(UserError, match=r"needs a package that is not here: pip install 'mergectl\[grpc\]'"),
+        open_study(tmp_path, "study", where="127.0.0.1:1"),
+    ):
+        pass
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+PROXY = """
+import sys, warnings
+warnings.simplefilter("ignore")
+from optuna.storages import JournalStorage, run_grpc_proxy_server
+from optuna.storages.journal import JournalFileBackend
+run_grpc_proxy_server(JournalStorage(JournalFileBackend(sys.argv[1])), host="127.0.0.1", port=int(sys.argv[2]))
+"""
+
+
+def test_workers_share_a_study_over_a_grpc_proxy_and_one_that_is_gone_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("grpc")
+    port = free_port()
+    where = f"grpc://127.0.0.1:{port}"
+    command = [sys.executable, "-c", PROXY, str(tmp_path / "proxied.log"), str(port)]
+    proxy = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    try:
+        found = toy_search.lead(tmp_path, "cmaes", 12, 0.05, 2, where)
+        study = load_study(tmp_path, "study", where=where)
+        trials = study.get_trials(states=(TrialState.COMPLETE,))
+        close(study)
+    finally:
+        proxy.kill()
+        proxy.wait()
+    assert sorted(trial.user_attrs["candidate"] for trial in trials) == list(range(12))
+    assert values(found) == values(alone(tmp_path / "alone", "cmaes", 12))
+    monkeypatch.setattr(studies, "ANSWERS", 0.2)
+    with pytest.raises(UserError, match=f"No gRPC proxy answers at 127.0.0.1:{port}"):
+        load_study(tmp_path, "study", where=where)

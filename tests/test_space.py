@@ -165,6 +165,13 @@ def test_parameters_become_settings_with_per_task_values_gathered() -> None:
     }  # fmt: skip
 
 
+def test_optunas_sums_of_steps_are_rounded_to_the_points_of_a_grid() -> None:
+    (ratio,) = of("task_arithmetic", scale="0.05:0.35:0.1")
+    summed = distributions([ratio])["scale"].to_external_repr(0.05 + 0.1)
+    assert summed != 0.15
+    assert to_settings({"scale": summed}, [ratio], {}) == {"scale": 0.15}
+
+
 def test_making_settings_of_parameters_leaves_the_fixed_ones_alone() -> None:
     fixed: dict[str, Any] = {"scope": "tensor"}
     to_settings({"scale": 1.0}, of("task_arithmetic"), fixed)
@@ -303,3 +310,38 @@ def test_a_share_of_a_range_is_a_value_that_optuna_knows(share: float) -> None:
         Dimension("x", "word", words=("a", "b", "c")),
     ):  # fmt: skip
         assert distributions([d])["x"]._contains(distributions([d])["x"].to_internal_repr(d.at(share)))
+
+
+def test_equal_factors_are_equal_steps_of_a_log_range() -> None:
+    (scale,) = of("task_arithmetic", scale="0.01:1:log")
+    assert [scale.at(share) for share in (0.0, 0.25, 0.5, 1.0)] == pytest.approx([0.01, 10**-1.5, 0.1, 1.0])
+    assert scale.points(5) == pytest.approx([0.01, 10**-1.5, 0.1, 10**-0.5, 1.0])
+    assert distributions([scale])["scale"].log
+
+
+def test_a_log_range_of_whole_numbers_holds_whole_numbers_once() -> None:
+    whole = Dimension("x", "int", 1, 8, log=True)
+    assert whole.points(7) == [1, 2, 3, 4, 6, 8]
+    assert distributions([whole])["x"].log
+
+
+@given(st.floats(1e-6, 1e3), st.floats(1.01, 1e6), st.floats(0, 1), st.booleans())
+def test_a_value_lies_at_the_share_that_it_came_from(low: float, factor: float, share: float, log: bool) -> None:
+    d = Dimension("x", "float", low, low * factor, log=log)
+    assert low <= d.at(share) <= low * factor
+    assert d.share(d.at(share)) == pytest.approx(share, abs=1e-6)
+    assert distributions([d])["x"]._contains(d.at(share))
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("0:1:log", "--range scale=0:1:log: a range in equal factors begins above 0."),
+        ("-1:1:log", "a range in equal factors begins above 0."),
+        ("1:0.1:log", "--range scale=1:0.1:log is not LOW:HIGH:log with LOW below HIGH."),
+        ("0.1:1:0.1:log", "is not LOW:HIGH:log"),
+        ("0.1:1:logs", "is not LOW:HIGH or LOW:HIGH:STEP."),
+    ],
+)
+def test_a_log_range_that_makes_no_sense_is_refused(text: str, sentence: str) -> None:
+    assert sentence in refusal("task_arithmetic", scale=text)
