@@ -152,10 +152,15 @@ class AdapterCheckpoint(Checkpoint):
         """One part of a module's adapter: `lora_A`, `lora_B` or `ia3_l`."""
         return self._adapter.read(self._modules[module][name]).float()
 
-    def product(self, module: str) -> torch.Tensor:
-        """What plain LoRA adds to a module's weight: s B A, outputs by inputs."""
+    def scaled(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Plain LoRA's factors s B and A, whose product is what it adds to a module's weight, outputs by inputs."""
         down, up = self.part(module, "lora_A"), self.part(module, "lora_B")
-        return _lora_scale(f"{module}.weight", len(down), self.settings) * (up @ down)
+        return _lora_scale(f"{module}.weight", len(down), self.settings) * up, down
+
+    def product(self, module: str) -> torch.Tensor:
+        """What plain LoRA adds to a module's weight."""
+        up, down = self.scaled(module)
+        return up @ down
 
     @cached_property
     def digest(self) -> str:

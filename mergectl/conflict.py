@@ -129,8 +129,8 @@ def show_conflict(
 
     def show() -> None:
         rows = [(row["name"], row["of"], f"{100 * float(str(row['share'])):.2f}") for row in facts]
-        print_table(f"Share of all elements in percent (run {result['run']})", ("what", "of", "percent"), rows, left=2)
+        print_table(f"Of all elements (run {result['run']})", ("what", "of", "percent"), rows, left=2)
         by_layer = [(row["stack"], row["layer"], f"{100 * float(str(row['sign_conflict'])):.2f}") for row in layers]
-        print_table("Elements of opposite signs in percent", ("stack", "layer", "percent"), by_layer, left=1)
+        print_table("Opposite signs by layer", ("stack", "layer", "percent"), by_layer, left=1)
 
     lab.terminal.give({"run": result["run"], "whole": facts, "layers": layers}, show)

@@ -31,6 +31,10 @@ def check_purpose(purpose: str, typed: Sequence[str], grid: Grid, by_task: Mappi
         raise UserError(f"Experts are trained for none or medusa, got '{purpose}'.{did_you_mean(purpose, PURPOSES)}")
     if purpose == "none" and typed:
         raise UserError(f"--{typed[0].replace('_', '-')} is for ownership masks. Add --for medusa.")
+    if {"prepass_epochs", "prepass_percent"} <= set(typed):
+        raise UserError(
+            "--prepass-epochs and --prepass-percent both say how long the short trainings are. Leave out one."
+        )
     if purpose == "medusa" and grid:
         raise UserError("--for medusa trains one expert per task: leave out --grid.")
     if purpose == "medusa" and by_task:

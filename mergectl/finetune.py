@@ -1,4 +1,4 @@
-"""Fine-tune an expert: one task, one base, the best checkpoint by the `tune` split, resumable after a kill."""
+"""Fine-tune an expert: one task, one base, the best checkpoint or the last, resumable after a kill."""
 
 from __future__ import annotations
 
@@ -73,14 +73,14 @@ def _train(
     model = models.build(given, task, seed=config.seed, from_scratch=config.from_scratch)
     preparer = models.preparer_for(source, model.config, task, config.max_length)
     examples = _examples(task, preparer, config, data)
-    bench = make_bench(task, preparer, split="tune", data=data, limit=config.limit_tune, seed=config.seed)
+    bench = make_bench(task, preparer, split=config.select_on, data=data, limit=config.limit_tune, seed=config.seed)
     if config.peft != "none":
         model = lowrank.put_on(model, config)
     trainer = training.make_trainer(config, args, model, examples, bench, run=run, progress=progress)
     checkpoint = training.last_checkpoint(Path(args.output_dir))
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
-    result = _result(trainer, task, out, time.perf_counter() - start, resumed=checkpoint is not None)
+    result = _result(trainer, task, out, config, time.perf_counter() - start, checkpoint is not None)
     result |= {"examples": len(examples), "tune_examples": len(bench)}
     if trainer.is_world_process_zero():
         _write(config, task, source, trainer.model, preparer, out, result, run, force)
@@ -106,12 +106,15 @@ def _examples(task: Task, preparer: Preparer, config: FinetuneConfig, data: Path
     return [{**example, "labels": label} for example, label in zip(examples, rows.labels, strict=True)]
 
 
-def _result(trainer: Any, task: Task, out: Path, seconds: float, *, resumed: bool) -> dict[str, Any]:
+def _result(
+    trainer: Any, task: Task, out: Path, config: FinetuneConfig, seconds: float, resumed: bool
+) -> dict[str, Any]:
     from mergectl.training import curve
 
     state = trainer.state
     rows = curve(state.log_history)
-    best = next((row for row in rows if row["step"] == state.best_global_step), rows[-1])
+    kept = state.best_global_step if config.keep == "best" else state.global_step
+    best = next((row for row in rows if row["step"] == kept), rows[-1])
     names = ("score", *dict.fromkeys((task.metric, *task.metrics)))
     return {
         "out": str(out), "task": task.id, "score": best["score"], "metrics": {name: best[name] for name in names},
@@ -162,7 +165,7 @@ def _record(config: FinetuneConfig, task: Task, source: Source, result: Mapping[
         "labels": list(task.labels), "base": config.base,
         "base_digest": None if source.weights is None else source.weights.digest,
         "recipe": {**asdict(config), "lr": config.learning_rate}, "seed": config.seed,
-        "tune": dict(result["metrics"]), "best_step": result["best_step"], "steps": result["steps"],
+        config.select_on: dict(result["metrics"]), "best_step": result["best_step"], "steps": result["steps"],
         "versions": versions(), "run": getattr(run, "id", None),
     }  # fmt: skip
 

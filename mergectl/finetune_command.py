@@ -46,6 +46,10 @@ def finetune(
         int | None, typer.Option(min=1, help="Evaluate every so many steps instead of each epoch.")
     ] = None,
     order: Annotated[str, typer.Option(help="shuffled, or sequential: the rows as the data have them.")] = "shuffled",
+    keep: Annotated[str, typer.Option(help="best: the evaluation that scores most; or last.")] = "best",
+    select_on: Annotated[
+        str, typer.Option(help="The split that evaluations score: tune; report as the Medusa study did.")
+    ] = "tune",
     max_grad_norm: Annotated[float, typer.Option(min=0, help="Longest gradient; 0: any length.")] = 1.0,
     model_dropout: Annotated[
         float | None, typer.Option(min=0, max=1, help="Dropout of the model; default: as its configuration says.")
@@ -58,6 +62,9 @@ def finetune(
     ] = False,
     smaller_batch: Annotated[
         int, typer.Option(min=1, help="Cut each batch into so many parts, with the same result.")
+    ] = 1,
+    larger_batch: Annotated[
+        int, typer.Option(min=1, help="Join so many accumulated batches into one, with the same result.")
     ] = 1,
     purpose: Annotated[
         str, typer.Option("--for", help="none, or medusa: experts that own disjoint parts of the model.")
@@ -84,6 +91,10 @@ def finetune(
         float,
         typer.Option(min=0, help="Length of the short training that shows who wants what.", rich_help_panel=OWNERSHIP),
     ] = 1.0,
+    prepass_percent: Annotated[
+        float | None,
+        typer.Option(help="The same in percent of each task's epochs; at least one.", rich_help_panel=OWNERSHIP),
+    ] = None,
     unowned: Annotated[
         str, typer.Option(help="What no task wants: freeze it, or leave it to the first.", rich_help_panel=OWNERSHIP)
     ] = "freeze",
@@ -95,7 +106,7 @@ def finetune(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")] = False,
 ) -> None:
-    """Fine-tune one expert per task; the best epoch by the tune split is kept."""
+    """Fine-tune one expert per task; of all epochs the best by the tune split is kept."""
     from mergectl.experts import train
     from mergectl.grid import read_grid
     from mergectl.medusa import OWN_OPTIONS, MedusaJob
@@ -107,14 +118,16 @@ def finetune(
         "max_length": max_length, "peft": peft, "rank": rank, "alpha": alpha, "dropout": dropout, "bf16": bf16,
         "targets": tuple(filter(None, targets.split(","))),
         "patience": patience, "eval_every": eval_every, "limit_fit": limit_fit, "limit_tune": limit_tune,
-        "order": order, "max_grad_norm": max_grad_norm, "model_dropout": model_dropout,
+        "order": order, "max_grad_norm": max_grad_norm, "model_dropout": model_dropout, "keep": keep,
+        "select_on": select_on,
     }  # fmt: skip
     if preset != "none":  # it says what the command line does not
         options = {name: value for name, value in options.items() if _typed(ctx, name)}
     options |= {"preset": preset, "tiny_sample": tiny_sample, "smaller_batch": smaller_batch}
+    options |= {"larger_batch": larger_batch}
     varied = read_grid(grid or [])
     _refuse_both(ctx, varied)
-    job = MedusaJob(tuple(against or ()), mask, top_k, prepass_epochs, unowned)
+    job = MedusaJob(tuple(against or ()), mask, top_k, prepass_epochs, prepass_percent, unowned)
     typed = [name for name in OWN_OPTIONS if _typed(ctx, name)]
     results = train(lab, tasks, base, out, options, purpose, job, typed, varied, force=force)
     rows = [(r["task"], r["out"], r.get("score"), r["run"]) for r in results]

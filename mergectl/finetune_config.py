@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from mergectl.errors import UserError
 
 LEARNING_RATES = {"none": 5e-5, "lora": 5e-4, "ia3": 5e-3}
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial")
 ORDERS = ("shuffled", "sequential")
+KEPT = ("best", "last")
+SELECTS = ("tune", "report")
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class FinetuneConfig:
     order: str = "shuffled"  # or sequential: the rows as the data have them, in every epoch
     max_grad_norm: float = 1.0  # longer gradients are cut to this length; 0: never
     model_dropout: float | None = None  # None: as the base's configuration says
+    keep: str = "best"  # of all evaluations; or last: what training ends with
+    select_on: Literal["tune", "report"] = "tune"  # or report: the best is the best on the rows that report
     masks: str | None = None  # a file of ownership masks: only what they mark is trained
 
     def __post_init__(self) -> None:
@@ -51,7 +56,7 @@ class FinetuneConfig:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise UserError(f"{name} must {rule}, got {value}.")
-        for name, words in (("peft", tuple(LEARNING_RATES)), ("scheduler", SCHEDULERS), ("order", ORDERS)):
+        for name, words in _WORDS:
             if getattr(self, name) not in words:
                 raise UserError(f"{name} must be one of {', '.join(words)}, got '{getattr(self, name)}'.")
         if self.by_length and self.order == "sequential":
@@ -63,6 +68,10 @@ class FinetuneConfig:
         return LEARNING_RATES[self.peft] if self.lr is None else self.lr
 
 
+_WORDS = (
+    ("peft", tuple(LEARNING_RATES)), ("scheduler", SCHEDULERS), ("order", ORDERS), ("keep", KEPT),
+    ("select_on", SELECTS),
+)  # fmt: skip
 _MANY = 10**9
 _RANGES: tuple[tuple[str, float, float, str], ...] = (
     ("epochs", 1e-6, 10**6, "be above 0"),

@@ -20,6 +20,7 @@ from mergectl.families import short_names
 from mergectl.lab import Lab
 from mergectl.ownership import TOP_K, MaskPlan, Ownership, make_masks, save_masks
 from mergectl.presets import settled
+from mergectl.ranks import leads, wait_for_all
 from mergectl.verbs import Masked, Result, base_source, finetune_experts
 
 if TYPE_CHECKING:
@@ -38,7 +39,20 @@ class MedusaJob:
     mask: str = "soft"
     top_k: float | None = None  # None: 87.5, with adapters 100
     prepass_epochs: float = 1.0
+    prepass_percent: float | None = None  # of each task's own epochs, in place of their number
     unowned: str = "freeze"
+
+    def __post_init__(self) -> None:
+        if self.prepass_percent is not None and not 0 < self.prepass_percent <= 100:
+            raise UserError(f"prepass_percent must lie above 0 and at most be 100, got {self.prepass_percent:g}.")
+
+    @property
+    def short(self) -> dict[str, Any]:
+        """How long the short trainings are."""
+        whole = {"max_steps": None, "patience": None, "eval_every": None}
+        if self.prepass_percent is not None:
+            return {**whole, "prepass_percent": self.prepass_percent}
+        return {**whole, "epochs": self.prepass_epochs}
 
     def plan(self, peft: str, seed: int) -> MaskPlan:
         """How ownership is decided."""
@@ -73,10 +87,12 @@ def finetune_for_medusa(
 ) -> list[Result]:  # fmt: skip
     """Train `out/prepass/<task>`, make `out/masks/<task>.safetensors`, then train `out/<task>` within the masks."""
     work = _checked(lab, words, base, out, options, job)
-    short = {**options, "epochs": job.prepass_epochs, "max_steps": None, "patience": None, "eval_every": None}
+    short = {**options, **job.short}
     how: dict[str, Any] = {"force": force, "reuse": reuse, "again": True}
+    lab.terminal.say("Short trainings, which show what each task would change")
     prepasses = finetune_experts(lab, words, base, out / "prepass", short, **how)
     masked = _masks(lab, work, prepasses, force=force or reuse)
+    lab.terminal.say("Trainings from the base again, each of what its task owns")
     results = finetune_experts(lab, words, base, out, options, masked=masked, **how)
     return [{**result, "masks": str(masked[result["task"]].file)} for result in results]
 
@@ -108,9 +124,10 @@ def _masks(lab: Lab, work: _Work, prepasses: Sequence[Result], *, force: bool) -
     inputs += [{"role": "reference", "ref": ref, "digest": _digest(ref)} for ref in work.references]
     made_of = [(entry["role"], entry.get("task"), entry["digest"]) for entry in inputs]
     config = {**asdict(work.plan), "peft": work.config.peft, "inputs": made_of, "version": __version__}
-    run_id = _done(lab, config, work.files)
-    if run_id is None:
+    run_id = _done(lab, config, work.files) if leads() else None
+    if run_id is None and leads():
         run_id = _make(lab, work, config, inputs, {r["task"]: Path(r["out"]) for r in prepasses}, force=force)
+    wait_for_all()
     found = {}
     for task, file in work.files.items():
         digest = blake3(file).hex()
@@ -145,12 +162,21 @@ def _make(
     if place.exists() and not force:
         raise UserError(f"{place} holds the masks of another job. Choose another -o, or replace them with --force.")
     with lab.start("masks", config, seed=work.plan.seed, name=f"masks-{work.plan.kind}", inputs=inputs) as run:
-        lab.terminal.say(f"Dividing the elements among {', '.join(folders)}")
+        lab.terminal.say(f"Masks: dividing the model's elements among {', '.join(folders)}")
         models = division.of(work.source, work.tasks[0], work.config, folders, work.references)
         found = make_masks(models.base, models.branches, models.references, work.plan, models.order)
         _write(place, found, work.files)
         _record(run, found, work.files)
+    for line in _owners(found):
+        lab.terminal.say(line)
     return str(run.id)
+
+
+def _owners(found: Ownership) -> list[str]:
+    """What the masks say, for a person."""
+    owned = [f"{task} owns {100 * share:.1f} %" for task, share in found.shares.items()]
+    lines = [f"{', '.join(owned)}, nobody {100 * found.nobody:.1f} %"]
+    return lines + ([f"taken of the finished models: {found.chosen}"] if found.chosen else [])
 
 
 def _write(place: Path, found: Ownership, files: Mapping[str, Path]) -> None:

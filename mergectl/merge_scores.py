@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mergectl.checkpoints import open_checkpoint
 from mergectl.errors import UserError
+from mergectl.evaluations import evaluate_model
 from mergectl.lab import Lab
-from mergectl.verbs import check_split, evaluate_model
+from mergectl.tasks import check_split
 
 if TYPE_CHECKING:
     from mergectl.evaluate import Evaluation
@@ -39,7 +40,8 @@ class Scoring(NamedTuple):
             record = open_checkpoint(result["out"]).meta
             with self.file.open("a", encoding="utf-8") as file:
                 file.write("\n".join(told(record, result, found["run"], scores)) + "\n\n")
-        return {"eval": found["run"], "tasks": scores.scores, "mean": scores.mean}
+        told_in = None if self.file is None else str(self.file)
+        return {"eval": found["run"], "tasks": scores.scores, "mean": scores.mean, "file": told_in}
 
 
 def told(record: Mapping[str, Any], result: Mapping[str, Any], run: str, scores: Evaluation) -> list[str]:
@@ -61,5 +63,14 @@ def _pairs(name: str, settings: Mapping[str, Any]) -> str:
 
 
 def shown(facts: Mapping[str, Any]) -> list[str]:
-    """A line per task for the terminal."""
-    return [f"{task}  {100 * score:.1f}" for task, score in facts.get("tasks", {}).items()]
+    """A line per task for the terminal, of several their mean, and where all that was written."""
+    scores: Mapping[str, float] = facts.get("tasks", {})
+    if not scores:
+        return []
+    lines = {task: f"{100 * score:.1f}" for task, score in scores.items()}
+    if len(scores) > 1:
+        lines["mean"] = f"{100 * facts['mean']:.1f}"
+    wide = max(map(len, lines))
+    told = [f"{name:{wide}}  {text}" for name, text in lines.items()]
+    told[-1] += f"  (run {facts['eval']})"
+    return [*told, *([f"added to {facts['file']}"] if facts["file"] else [])]

@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from mergectl.errors import UserError
+from mergectl.finetune_config import FinetuneConfig
 
 PRESETS = ("none", "medusa", "vision")
-EXTRAS = ("preset", "smaller_batch", "tiny_sample")  # they decide settings of a fine-tuning, and are none themselves
+# They decide settings of a fine-tuning, and are none themselves.
+EXTRAS = ("preset", "smaller_batch", "larger_batch", "tiny_sample", "prepass_percent")
 LAYERS_OF_LARGE = 24  # T5-base has 12
+STUDY_WORDS = {"validation": "report"}  # the Medusa study's name of the split that it both chose and reported on
 
 # Epochs; rows at once in float32 for a base and a large model, and in bfloat16.
 FULL = {
@@ -21,6 +24,7 @@ ADAPTED = {
 }  # fmt: skip
 EFFECTIVE = {"rte": 16, "wnli": 32}  # rows per optimiser step; all others:
 USUAL = 256
+USUAL_EPOCHS = FinetuneConfig.epochs
 SHARED = {"scheduler": "constant", "warmup": 0.0, "weight_decay": 0.0, "max_grad_norm": 0.0, "model_dropout": 0.0}
 OF_ADAPTERS = {"lr": 1e-4, "rank": 16, "alpha": 16.0, "dropout": 0.1}
 TINY_LR, TINY_SHARE = 6e-4, 8
@@ -37,8 +41,9 @@ IMAGE_STEPS = 2000
 
 
 def plain(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that are settings of a fine-tuning themselves."""
-    return {name: value for name, value in options.items() if name not in EXTRAS}
+    """The options that are settings of a fine-tuning themselves, in our words."""
+    found = {name: value for name, value in options.items() if name not in EXTRAS}
+    return found | {key: STUDY_WORDS[found[key]] for key in ("select_on",) if found.get(key) in STUDY_WORDS}
 
 
 def settled(task: str, model: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,7 +64,9 @@ def settled(task: str, model: Mapping[str, Any], options: Mapping[str, Any]) -> 
     if preset != "none":  # null in a pipeline: as the preset says
         given = {name: value for name, value in given.items() if value is not None}
     found = given if preset == "none" else _published(preset, task, model, given, tiny=tiny) | given
-    return _cut(found, options.get("smaller_batch") or 1)
+    if percent := options.get("prepass_percent"):
+        found = found | {"epochs": max(1, int(found.get("epochs", USUAL_EPOCHS) * percent / 100))}
+    return _joined(_cut(found, options.get("smaller_batch") or 1), options.get("larger_batch") or 1)
 
 
 def _published(
@@ -113,3 +120,16 @@ def _cut(found: dict[str, Any], parts: int) -> dict[str, Any]:
     if rows % parts:
         raise UserError(f"smaller_batch must divide the batch of {rows} rows, got {parts}.")
     return found | {"batch_size": rows // parts, "accumulation": found.get("accumulation", 1) * parts}
+
+
+def _joined(found: dict[str, Any], parts: int) -> dict[str, Any]:
+    """The same batches in larger parts; as many as are accumulated at most."""
+    if parts == 1:
+        return found
+    count = found.get("accumulation", 1)
+    if count % parts:
+        raise UserError(
+            f"larger_batch must divide the number of batches that are accumulated per step, {count}, got {parts}. "
+            "For more rows per step set batch_size."
+        )
+    return found | {"batch_size": found.get("batch_size", 16) * parts, "accumulation": count // parts}

@@ -118,6 +118,11 @@ def answer_preparer(folder: Path | None, ref: str, config: Any, max_length: int 
     for word in ("pad_token", "eos_token"):
         if getattr(tokenizer, word) is None:
             raise UserError(f"{ref}: its tokenizer has no {word}, which text-to-text needs. Name it beside the others.")
+    usual = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    usual["decoder_start_token_id"] = tokenizer.pad_token_id
+    for name, token in usual.items():  # where the base's configuration does not even name its padding
+        if getattr(config, name, None) is None:
+            setattr(config, name, token)
     positions = getattr(config, "max_position_embeddings", None) or 10**9  # T5 has none
     length = min(max_length or MAX_LENGTH, positions)
     return AnswerPreparer(

@@ -80,7 +80,7 @@ class TaskTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         return super()._clip_grad_norm(model)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Score the model on the `tune` split and tell the callbacks."""
+        """Score the model on the split that chooses and tell the callbacks."""
         found = score_model(self.model, self._bench, dtype=self._dtype)
         metrics = {f"{TUNE}{name}": value for name, value in found.items()}
         self.log(metrics)
@@ -123,8 +123,8 @@ class TaskTrainer(Trainer):  # type: ignore[misc, unused-ignore]
 class Recorder(TrainerCallback):  # type: ignore[misc, unused-ignore]
     """Tells the caller how far training is, and the run what was measured."""
 
-    def __init__(self, task: str, run: Any, progress: Progress | None) -> None:
-        self._task, self._run, self._progress = task, run, progress
+    def __init__(self, task: str, run: Any, progress: Progress | None, scored: str) -> None:
+        self._task, self._run, self._progress, self._scored = task, run, progress, scored
         self._seen: dict[str, float] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -143,22 +143,22 @@ class Recorder(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self._record(logs or {}, state.global_step)
 
     def _record(self, entry: Mapping[str, float], step: int) -> None:
-        for name, split, value in measured(entry):
+        for name, split, value in measured(entry, self._scored):
             if name in ("loss", "score"):
                 self._seen[name] = value
             if self._run is not None:
                 self._run.metric(name, value, task=self._task, split=split, step=step)
 
 
-def measured(entry: Mapping[str, float]) -> list[tuple[str, str, float]]:
-    """What one entry of the Trainer's log says, as (name, split, value)."""
+def measured(entry: Mapping[str, float], scored: str = "tune") -> list[tuple[str, str, float]]:
+    """What one entry of the Trainer's log says, as (name, split, value); `scored` is the split of its scores."""
     fit = [(new, "fit", float(entry[old])) for old, new in FIT.items() if old in entry]
-    tune = [
-        (name.removeprefix(TUNE), "tune", float(value))
+    scores = [
+        (name.removeprefix(TUNE), scored, float(value))
         for name, value in entry.items()
         if name.startswith(TUNE) and name not in UNRECORDED
     ]
-    return fit + tune
+    return fit + scores
 
 
 def loss(kind: Kind) -> Callable[..., Any]:
@@ -194,7 +194,8 @@ def arguments(config: FinetuneConfig, folder: Path, device: str) -> TrainingArgu
         seed=config.seed, data_seed=config.seed, bf16=config.bf16, use_cpu=device == "cpu",
         eval_strategy=every, save_strategy=every, logging_strategy=every,
         eval_steps=config.eval_every or 1, save_steps=config.eval_every or 1, logging_steps=config.eval_every or 1,
-        save_total_limit=1, load_best_model_at_end=True, metric_for_best_model="score", greater_is_better=True,
+        save_total_limit=1, load_best_model_at_end=config.keep == "best",
+        metric_for_best_model="score", greater_is_better=True,
         restore_callback_states_from_checkpoint=True, remove_unused_columns=False, label_names=["labels"],
         dataloader_pin_memory=device.startswith("cuda"), dataloader_num_workers=0, ddp_find_unused_parameters=False,
         report_to="none", disable_tqdm=True, log_level="error",
@@ -217,7 +218,7 @@ def make_trainer(
     """Put model, data and callbacks together."""
     from transformers import PrinterCallback
 
-    callbacks: list[Any] = [Recorder(bench.task.id, run, progress)]
+    callbacks: list[Any] = [Recorder(bench.task.id, run, progress, config.select_on)]
     if config.patience is not None:
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=config.patience))
     trainer = TaskTrainer(

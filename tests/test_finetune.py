@@ -203,6 +203,22 @@ def test_the_best_evaluation_is_kept_not_the_last(vit: Path, tmp_path: Path) -> 
     assert evaluate(tmp_path / "expert", [tiny.SHADE], split="tune").mean == result["score"]
 
 
+def test_the_last_evaluation_is_kept_where_that_is_asked_for(vit: Path, tmp_path: Path) -> None:
+    result = train(config(vit, epochs=6, lr=0.3, keep="last"), tmp_path / "expert")
+    scores = [row["score"] for row in result["curve"]]
+    assert scores[-1] < max(scores)
+    assert (result["score"], result["best_step"]) == (scores[-1], result["steps"])
+    assert evaluate(tmp_path / "expert", [tiny.SHADE], split="tune").mean == scores[-1]
+
+
+def test_the_rows_that_report_may_choose_as_well(vit: Path, tmp_path: Path) -> None:
+    run = Run()
+    result = train(config(vit, epochs=2, select_on="report"), tmp_path / "expert", run=run)
+    assert {split for name, _, _, split, _ in run.metrics if name == "score"} == {"report"}
+    assert evaluate(tmp_path / "expert", [tiny.SHADE], split="report").metrics["tiny/shade"] == result["metrics"]
+    assert json.loads((tmp_path / "expert" / "mergectl.json").read_text())["report"] == result["metrics"]
+
+
 def test_every_epoch_is_recorded_in_the_run(vit: Path, tmp_path: Path) -> None:
     run = Run()
     train(config(vit, epochs=2), tmp_path / "expert", run=run)

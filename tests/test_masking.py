@@ -156,9 +156,14 @@ def check_expert(out: Path, base: Path, masks: dict[str, torch.Tensor], prefix: 
 
 
 @pytest.mark.parametrize(
-    "facts", [{}, {"bf16": True}, {"accumulation": 3, "max_grad_norm": 0.0}, {"order": "sequential"}]
+    ("family", "facts"),
+    [
+        *((family, {}) for family in tiny.FAMILIES),
+        *((family, {"bf16": True}) for family in ("roberta", "deberta-v2", "vit")),
+        *((family, {"accumulation": 3, "max_grad_norm": 0.0}) for family in ("bert", "gpt2")),
+        *((family, {"order": "sequential"}) for family in ("bert", "vit")),
+    ],
 )
-@pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_any_architecture_trains_only_what_it_owns(family: str, facts: dict[str, Any], tmp_path: Path) -> None:
     base = tiny.base(tmp_path / "base", family)
     masks = random_masks(base, tmp_path / "masks")
@@ -178,10 +183,11 @@ def test_a_model_that_writes_trains_only_what_it_owns(kind: str, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_an_interrupted_masked_training_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+@pytest.mark.parametrize("facts", [{}, {"bf16": True, "batch_size": 8, "accumulation": 2}], ids=["plain", "all"])
+def test_an_interrupted_masked_training_ends_as_if_it_had_not_been(facts: dict[str, Any], tmp_path: Path) -> None:
     base = tiny.base(tmp_path / "base", "bert")
     masks = random_masks(base, tmp_path / "masks")
-    settings = config(base, weight_decay=0.1, masks=str(tmp_path / "masks"))
+    settings = config(base, weight_decay=0.1, masks=str(tmp_path / "masks"), **facts)
     train(settings, tmp_path / "straight", tiny.MOOD)
     for step in (8, 15):
         with pytest.raises(KeyboardInterrupt):

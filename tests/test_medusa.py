@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from mergectl import medusa
-from mergectl.ownership import load_masks
+from mergectl.ownership import Ownership, load_masks
 from mergectl.presets import settled
 from tests.conftest import Cli
 from tests.population import weights
@@ -216,6 +216,8 @@ WRONG: list[tuple[list[str], str]] = [
     (["--for", "medusa", "--mask", "hard", "--against", "runs/x"], "mask=hard takes no finished models"),
     (["--for", "medusa", "--top-k", "0"], "top_k must lie above 0"),
     (["--for", "medusa", "--prepass-epochs", "0"], "epochs must be above 0"),
+    (["--for", "medusa", "--prepass-percent", "0"], "prepass_percent must lie above 0"),
+    (["--for", "medusa", "--prepass-percent", "30", "--prepass-epochs", "2"], "both say how long the short trainings"),
     (["--for", "medusa", "--unowned", "last"], "unowned must be one of freeze, first, got 'last'"),
     (
         ["--preset", "medusa"],
@@ -224,6 +226,9 @@ WRONG: list[tuple[list[str], str]] = [
     (["--preset", "medsua"], "preset must be one of none, medusa"),
     (["--tiny-sample"], "tiny_sample shortens the trainings of a preset"),
     (["--smaller-batch", "3"], "smaller_batch must divide the batch of 16 rows, got 3."),
+    (["--larger-batch", "2"], "batches that are accumulated per step, 1, got 2."),
+    (["--select-on", "test"], "select_on must be one of tune, report, got 'test'."),
+    (["--keep", "first"], "keep must be one of best, last, got 'first'."),
 ]
 
 
@@ -265,6 +270,8 @@ LARGE = {"model_type": "t5", "num_layers": 24}
         ("cola", LARGE, {"peft": "lora"}, (16, 16, 16, 1e-4)),
         ("wnli", LARGE, {"peft": "ia3"}, (32, 2, 16, 1e-4)),
         ("rte", T5, {"smaller_batch": 4}, (20, 4, 4, 3e-4)),
+        ("cola", LARGE, {"larger_batch": 4}, (10, 128, 2, 3e-4)),
+        ("cola", T5, {"larger_batch": 2, "smaller_batch": 4}, (10, 64, 4, 3e-4)),
         ("cola", T5, {"tiny_sample": True}, (1, 128, 2, 6e-4)),
         ("rte", T5, {"tiny_sample": True}, (2, 16, 1, 6e-4)),
         ("qnli", T5, {"tiny_sample": True}, (1, 16, 16, 6e-4)),
@@ -283,12 +290,40 @@ def test_the_preset_is_the_published_table(
         assert (found["rank"], found["alpha"], found["dropout"]) == (16, 16.0, 0.1)
 
 
+@pytest.mark.parametrize(
+    ("task", "epochs"), [("cola", 3), ("rte", 6), ("sst2", 3), ("qnli", 1), ("wnli", 6), ("mnli", 1)]
+)
+def test_thirty_percent_of_the_epochs_are_the_published_short_trainings(task: str, epochs: int) -> None:
+    short = medusa.MedusaJob(prepass_percent=30).short
+    assert settled(f"glue-t5/{task}", T5, {"preset": "medusa", **short})["epochs"] == epochs
+    assert settled(f"glue-t5/{task}", T5, {"epochs": 12, **short})["epochs"] == 3
+    assert settled(f"glue-t5/{task}", T5, short)["epochs"] == 1
+    assert medusa.MedusaJob(prepass_epochs=2).short["epochs"] == 2
+
+
+def test_a_person_is_told_who_owns_what() -> None:
+    found = Ownership(shares={"digits/parity": 0.431, "digits/loop": 0.502}, nobody=0.067)
+    assert medusa._owners(found) == ["digits/parity owns 43.1 %, digits/loop owns 50.2 %, nobody 6.7 %"]
+
+
 def test_the_command_line_goes_before_the_preset(cli: Cli, capsys: Capture, population: Path) -> None:
     words = ["finetune", "digits/parity", "--base", str(population / "base"), "--preset", "medusa", "--max-steps", "1"]
     assert cli(*words, "--epochs", "1", "--batch-size", "64", "--smaller-batch", "4", "--quiet") == 0
     recipe = json.loads(Path("runs/parity/mergectl.json").read_text())["recipe"]
     expected = {"batch_size": 16, "accumulation": 16, "lr": 3e-4, "weight_decay": 0.0, "scheduler": "constant"}
     assert expected.items() <= recipe.items()
+
+
+def test_the_split_that_the_study_chose_on_may_choose_and_is_told(cli: Cli, capsys: Capture, population: Path) -> None:
+    words = ["finetune", "digits/parity", "--base", str(population / "base"), "--max-steps", "2", "--limit-fit", "32"]
+    assert cli(*words, "--limit-tune", "8", "--select-on", "validation", "--keep", "last", "--quiet") == 0
+    recipe = json.loads(Path("runs/parity/mergectl.json").read_text())["recipe"]
+    assert (recipe["select_on"], recipe["keep"]) == ("report", "last")
+    notes = rows(cli, capsys, "select value from environment where key = 'saw'")
+    assert [note["value"].strip('"') for note in notes] == ["labelled report inputs"]
+    assert cli("eval", "runs/parity", "--limit", "8", "--quiet") == 0
+    assert cli("report", "--split", "report:8") == 0
+    assert "saw: labelled report inputs" in " ".join(capsys.readouterr().out.split())
 
 
 def test_mixed_is_another_word_for_bf16(cli: Cli, population: Path) -> None:

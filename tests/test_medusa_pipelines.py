@@ -76,3 +76,12 @@ def test_a_step_that_cannot_be_is_refused(facts: dict[str, Any], sentence: str) 
     step = {"finetune": {"tasks": ["digits/parity", "digits/loop"], "base": "base", **facts}}
     with pytest.raises(UserError, match=sentence):
         pipelines.check(Lab(), step, 1)
+
+
+def test_the_board_at_the_end_is_of_the_rows_that_were_scored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    splits: list[str] = []
+    monkeypatch.setattr("mergectl.report.leaderboard", lambda lab, split, *_: splits.append(split))
+    scoring, measuring = {"models": ["m"], "on": ["digits/loop"], "limit": 8}, {"models": ["m"], "conflict": True}
+    (tmp_path / "p.yaml").write_text(json.dumps({"title": "P", "steps": [{"eval": scoring}, {"eval": measuring}]}))
+    pipelines._finish(Lab(), pipelines.load(str(tmp_path / "p.yaml"), {}))
+    assert splits == ["report:8"]

@@ -354,6 +354,17 @@ def test_a_bare_configuration_starts_tied_or_untied_as_it_says(kind: str, tmp_pa
     assert json.loads((tmp_path / "expert" / "config.json").read_text())["tie_word_embeddings"] == (kind == "v1.0")
 
 
+def test_what_a_configuration_does_not_say_of_its_marks_the_tokenizer_says(tmp_path: Path) -> None:
+    path = base(tmp_path / "base", "v1.1") / "config.json"
+    marks = dict.fromkeys(("decoder_start_token_id", "pad_token_id", "eos_token_id"))
+    path.write_text(json.dumps({**json.loads(path.read_text()), **marks}))
+    (tmp_path / "base" / "generation_config.json").unlink()
+    finetune(settings(tmp_path / "base", max_steps=2, eval_every=2), tmp_path / "expert", task=MOOD)
+    saved = json.loads((tmp_path / "expert" / "config.json").read_text())
+    assert [saved[name] for name in marks] == [0, 0, 1]
+    assert evaluate(tmp_path / "base", [MOOD], split="tune", limit=4, answer_metric="greedy_prob").mean >= 0
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_interrupted_training_goes_on_to_the_same_weights(kind: str, tmp_path: Path) -> None:
     how = settings(base(tmp_path / "base", kind), epochs=2, batch_size=8)
