@@ -3,17 +3,22 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint install clean
+.PHONY: demo test test-slow smoke lint install clean
 
 demo: install
 	$(BIN)/mergectl run digits
 
+# The tests of a file stay in one process, so that what they share is made once.
 test: lint
-	$(BIN)/python -m pytest -n auto -m "not slow"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
 
 # Kill tests, smoke runs of pipelines and other tests of several seconds each.
 test-slow: install
 	$(BIN)/python -m pytest -n auto -m slow
+
+# The pipelines of all five papers on tiny models and sample rows, offline, in one process.
+smoke: install
+	cd $$(mktemp -d) && HF_HUB_OFFLINE=1 $(CURDIR)/$(BIN)/mergectl --threads 1 run --smoke
 
 lint: install
 	$(BIN)/ruff check .

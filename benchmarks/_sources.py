@@ -96,7 +96,7 @@ def _from_hub(
         except _NoSplitError as error:
             tried.append(f"the hub's {task.hub} {error}")
         except ConnectionError as error:
-            tried.append(f"the hub gave no {task.hub} ({error})")
+            tried.append(f"the hub gave no {task.hub}: {error}")
             break
     ending = ".csv" if task.obtain else ".parquet"
     where = Path(data or "DIR") / task.source / task.config / f"{part.split}{ending}"
@@ -110,10 +110,23 @@ class _NoSplitError(LookupError):
     """The hub has the data set, but not this split."""
 
 
+def reachable(task: Task) -> bool:
+    """Return whether the hub answers at all when asked once for a data set."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().dataset_info(task.hub or "", revision=task.revision, timeout=20)
+    except Exception as error:  # any other is an answer, or the library's own to tell
+        return not any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
+    return True
+
+
 def download(task: Task, split: str) -> Table:
     """Load one split from the hub with the `datasets` library."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "TRUE", "YES", "ON"}:
         raise ConnectionError("HF_HUB_OFFLINE is set")
+    if not reachable(task):  # the library would try it five times, and complain each time
+        raise ConnectionError("it cannot be reached from here")
     from datasets import load_dataset
 
     config = None if task.config == "default" else task.config

@@ -35,6 +35,8 @@ def check_free(out: Path, force: bool) -> None:
     if out.exists() and any(out.iterdir()) and not any((out / name).exists() for name in MODEL):
         raise UserError(f"{out} is not a model folder, so --force will not replace it.")
     parent = next(p for p in [out.absolute().parent, *out.absolute().parents] if p.exists())
+    if not parent.is_dir():
+        raise UserError(f"{parent} is a file, so nothing can be written in it. Choose another -o.")
     if not os.access(parent, os.W_OK):
         raise UserError(f"{parent} cannot be written. Choose another -o.")
 

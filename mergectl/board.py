@@ -66,17 +66,18 @@ class Board:
             "stopped early": self.stopped(),
         }
         if self.best is not None:
-            found["best mean"] = f"{self.best.score:.4f} (trial {self.best.number})"
-            found["per task"] = "   ".join(f"{task} {score:.4f}" for task, score in self.scores.items())
+            found["best mean"] = f"{100 * self.best.score:.2f} % (trial {self.best.number})"
+            found["per task"] = "   ".join(f"{task} {100 * score:.2f}" for task, score in self.scores.items())
             found["settings"] = ", ".join(f"{name}={short(value)}" for name, value in self.best.settings.items())
         return {head: text for head, text in found.items() if text}
 
     def line(self) -> str:
         """All in one line."""
-        best = f"best {self.best.score:.4f} (trial {self.best.number}), " if self.best is not None else ""
+        best = f"best {100 * self.best.score:.2f} % (trial {self.best.number}), " if self.best is not None else ""
         refused = f", {self.refused} refused" if self.refused else ""
         pruned = f", stopped early {self.stopped()}" if self.pruned else ""
-        rate = f"{self.rate():.1f} per minute, {self.eta()} left"
+        left = f", {self.eta()} left" if self.done < self.plan.trials else ""
+        rate = f"{self.rate():.1f} per minute{left}"
         return f"{self.done}/{self.plan.trials}: {best}{rate}{refused}{pruned}"
 
 
@@ -97,7 +98,7 @@ class _Lines(Board):
     def see(self, trial: Trial, verdict: Verdict | None) -> None:
         """Take in a finished trial, and say so if it is time."""
         super().see(trial, verdict)
-        if time.monotonic() - self._said > EVERY:
+        if self.done < self.plan.trials and time.monotonic() - self._said > EVERY:  # the last line is said in any case
             self._said = time.monotonic()
             self._terminal.say(self.line())
 

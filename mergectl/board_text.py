@@ -36,10 +36,11 @@ def natural_width(group: Group) -> int:
 
 
 def _wide(board: Board, group: Group) -> None:
-    columns = ("model", "method", *group.heads, "mean", "of expert", "normalised", "", "run")
+    judged = any(row.of_expert is not None or row.normalised is not None for row in group.rows)
+    columns = ("model", "method", *group.heads, "mean", *(("of expert", "normalised", "") if judged else ()), "run")
     lines = [
         (row.name, row.recipe, *(percent(row.scores[task]) for task in group.tasks), percent(row.average),
-         percent(row.of_expert), percent(row.normalised), bar(row.normalised), row.run_id[:8])
+         *((percent(row.of_expert), percent(row.normalised), bar(row.normalised)) if judged else ()), row.run_id[:8])
         for row in group.rows
     ]  # fmt: skip
     print_table(title_of(board, group), columns, lines, left=2, marks=[_style(row) for row in group.rows])

@@ -31,6 +31,8 @@ HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.md"]
 
 def find_folder(ref: str | Path, find_run: Callable[[str], Path | None] | None = None) -> Path:
     """Turn a model argument into a local folder: a folder, a run of the store, or a hub id (`org/name@revision`)."""
+    if not str(ref).strip():
+        raise UserError("The name of a model is empty. Name a folder, a hub id or a run.")
     path = Path(ref).expanduser()
     if path.is_dir():
         return path
@@ -39,7 +41,7 @@ def find_folder(ref: str | Path, find_run: Callable[[str], Path | None] | None =
     text = str(ref)
     if find_run is not None and "/" not in text and (found := find_run(text)) is not None:
         return found
-    if text.startswith((".", "/", "~")) or text.count("/") > 1 or not text:
+    if text.startswith((".", "/", "~")) or text.count("/") > 1:
         raise UserError(f"There is no folder '{ref}'.")
     return download(text)
 

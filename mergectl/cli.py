@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import sys
@@ -17,6 +18,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from mergectl import commands
 from mergectl.errors import UserError, WorkError, did_you_mean
+from mergectl.eval_command import evaluate
 from mergectl.finetune_command import finetune
 from mergectl.lab import Lab
 from mergectl.options import arrange, command
@@ -123,7 +125,7 @@ def _merge(
         option = "--" + early[0].replace("_", "-")
         raise UserError(f"Give {option} behind the method: mergectl merge {ctx.invoked_subcommand} ... {option}.")
     if config is not None:
-        commands.merge_recipe(lab, config, target, keep_seed=bool(_typed(ctx, "seed")))
+        commands.merge_recipe(lab, config, target)
     elif again is not None:
         from mergectl.again import show_again
 
@@ -145,10 +147,16 @@ merge_app.callback()(command(_merge))
 search_app.callback()(command(join))
 app.command("finetune", cls=Verb, short_help="Fine-tune one expert per task.")(command(finetune))
 app.add_typer(merge_app, name="merge", short_help="Merge experts into one model.")
-app.command("eval", cls=Verb, short_help="Score a model on tasks.")(command(commands.evaluate))
+app.command("eval", cls=Verb, short_help="Score a model on tasks.")(command(evaluate))
 app.add_typer(search_app, name="search", short_help="Search a method's settings.")
 app.command("report", cls=Verb, short_help="Print the leaderboard, a run, or an answer in SQL.")(command(report))
 app.command("run", cls=Verb, short_help="Run a pipeline of verbs.")(command(commands.run))
+
+
+@functools.cache
+def _program() -> Any:
+    """All verbs with their options; made once, since it takes longer than many a command."""
+    return typer.main.get_command(app)
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -157,7 +165,7 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         with _plugins_of(words), warnings.catch_warnings():
             _our_warnings_only("--debug" in words)
-            app(arrange(words), prog_name="mergectl")
+            _program()(arrange(words), prog_name="mergectl")
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except KeyboardInterrupt:

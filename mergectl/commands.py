@@ -29,20 +29,15 @@ from mergectl.words import (
     Adapt,
     AdaptOn,
     Base,
-    Batch,
     Depth,
     Dtype,
     Experts,
     Force,
     Head,
-    Inputs,
     LayerMaps,
     Layout,
-    Limit,
-    On,
     Out,
     Refine,
-    Split,
     pairs,
 )
 
@@ -55,6 +50,22 @@ ShardSize = Annotated[
 ]
 Push = Annotated[str | None, typer.Option("--push", help="Upload the result to the hub as ORG/NAME, private.")]
 Public = Annotated[bool, typer.Option("--public", help="With --push: for all to see.")]
+Export = Annotated[str | None, typer.Option("--export", help="Write one task's stand-alone classifier instead.")]
+Scored = Annotated[
+    list[str] | None, typer.Option("--eval", help="Score the result on these tasks or suites; several may follow.")
+]
+OutFile = Annotated[
+    Path | None, typer.Option("--out-file", help="With --eval: add models, method and scores to this text file.")
+]
+Adapter = Annotated[
+    bool, typer.Option("--adapter/--fold", help="LoRA, IA3: make an adapter, or fold them into the base first.")
+]
+AdapterRank = Annotated[
+    int | None, typer.Option("--adapter-rank", help="Rank of a merged LoRA adapter; default: all that it needs.")
+]
+AdapterMode = Annotated[
+    str | None, typer.Option("--adapter-mode", help="LoRA: merge products (product), concatenate, or align.")
+]
 
 
 def mergers() -> list[str]:
@@ -114,9 +125,7 @@ def merge(
     base: Base = None,
     refine: Refine = None,
     dtype: Dtype = "auto",
-    export: Annotated[
-        str | None, typer.Option("--export", help="Write one task's stand-alone classifier instead.")
-    ] = None,
+    export: Export = None,
     layer_map: LayerMaps = None,
     depth: Depth = "base",
     head: Head = "small",
@@ -124,18 +133,11 @@ def merge(
     shard_size: ShardSize = None,
     push: Push = None,
     public: Public = False,
-    tasks: Annotated[
-        list[str] | None, typer.Option("--eval", help="Score the result on these tasks or suites; several may follow.")
-    ] = None,
-    out_file: Annotated[
-        Path | None, typer.Option("--out-file", help="With --eval: add models, method and scores to this text file.")
-    ] = None,
-    adapter: Annotated[
-        bool, typer.Option("--adapter", help="Merge LoRA or IA3 adapters into an adapter, not into the base.")
-    ] = False,
-    adapter_rank: Annotated[
-        int | None, typer.Option("--adapter-rank", help="Rank of a merged LoRA adapter; default: the sum of ranks.")
-    ] = None,
+    tasks: Scored = None,
+    out_file: OutFile = None,
+    adapter: Adapter = False,
+    adapter_rank: AdapterRank = None,
+    adapter_mode: AdapterMode = None,
     adapt_on: AdaptOn = None,
     adapt: Adapt = None,
     force: Force = False,
@@ -150,12 +152,11 @@ def merge(
     from mergectl.settings import settings_of
 
     others = {"export": export, "layer-map": layer_map, "shard-size": shard_size, "dtype": dtype != "auto"}
-    make = making(adapter, adapter_rank, [name for name, given in others.items() if given])
-    settings = given_settings(values, settings_of(method))
+    make = making(adapter, adapter_rank, adapter_mode, [name for name, given in others.items() if given])
+    settings, scoring = given_settings(values, settings_of(method)), Scoring(tuple(tasks or ()), out_file)
     target, layers = Target(out, force, shard_size, push, public), parse(layer_map or (), depth, head, lab.seed)
-    scoring = Scoring(tuple(tasks or ()), out_file)
-    models, options = laid_out(named(experts), layout, lab.find_run), adapt_options(method, adapt_on, adapt)
-    options |= given_calibration(values)
+    models = laid_out(named(experts), layout, lab.find_run)
+    options = adapt_options(method, adapt_on, adapt) | given_calibration(values)
     _merge(lab, method, settings, models, base, refine or [], dtype, export, target, layers, scoring, make, options)
 
 
@@ -186,8 +187,8 @@ def _merge(
     lab.terminal.give(result | scores, lambda: print("\n".join(lines)))
 
 
-def merge_recipe(lab: Lab, path: Path, target: Target, *, keep_seed: bool = False) -> None:
-    """Merge as a recipe file says; `keep_seed` if the command line names the seed."""
+def merge_recipe(lab: Lab, path: Path, target: Target) -> None:
+    """Merge as a recipe file says."""
     from mergectl.config import MergeFile, read_file
     from mergectl.families import named
     from mergectl.layer_maps import given
@@ -205,7 +206,7 @@ def merge_recipe(lab: Lab, path: Path, target: Target, *, keep_seed: bool = Fals
     )
     if target.out is None:
         raise UserError(f"{path} names no output folder. Add 'out: FOLDER', or give -o FOLDER.")
-    lab = lab if keep_seed else with_seed(lab, recipe.seed)
+    lab = with_seed(lab, recipe.seed)
     models = laid_out(named(recipe.experts), recipe.layout, lab.find_run)
     _merge(lab, recipe.method, recipe.settings, models, recipe.base, recipe.refine, recipe.dtype,
            recipe.export, target, given(recipe.layer_map, recipe.depth, recipe.head, lab.seed),
@@ -226,67 +227,6 @@ def _merge_mergekit(lab: Lab, path: Path, target: Target) -> None:
     lab.terminal.give(result, lambda: print(f"{result['out']}  (run {result['run']})"))
 
 
-def evaluate(
-    lab: Lab,
-    model: Annotated[str, typer.Argument(help="The model to score.")],
-    on: On = None,
-    heads: Annotated[
-        list[str] | None, typer.Option("--heads", help="Experts that lend their heads; several may follow.")
-    ] = None,
-    split: Split = "report",
-    limit: Limit = None,
-    batch_size: Batch = 64,
-    dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",
-    references: Annotated[
-        bool,
-        typer.Option("--references", help="Score the experts and the base too, where not done yet, to compare with."),
-    ] = False,
-    answer_metric: Annotated[
-        str,
-        typer.Option("--answer-metric", help="Text-to-text: rank (the likeliest answer) or greedy_prob (Medusa's)."),
-    ] = "rank",
-    show: Annotated[
-        int, typer.Option("--show", min=0, help="Text-to-text: of each task so many texts, with what the model writes.")
-    ] = 0,
-    flops: Annotated[
-        bool, typer.Option("--flops", help="Count operations and parameters, measure latency and memory.")
-    ] = False,
-    inputs: Inputs = "full",
-    conflict: Annotated[
-        bool,
-        typer.Option("--conflict", help="Measure the experts' opposite signs instead, and what each changed."),
-    ] = False,
-    experts: Annotated[
-        list[str] | None,
-        typer.Option("--experts", help="With --conflict: experts of the base MODEL; several may follow."),
-    ] = None,
-) -> None:
-    """Score a model per task; a merged model wears each task's own head."""
-    from mergectl.families import named
-    from mergectl.scoring import score
-
-    if conflict or experts:
-        from mergectl.conflict import show_conflict
-
-        show_conflict(lab, model, named(experts or []), asked=conflict, scoring=bool(on or heads))
-        return
-    score(
-        lab,
-        model,
-        on or [],
-        named(heads or []),
-        split=split,
-        limit=limit,
-        batch_size=batch_size,
-        dtype=dtype,
-        references=references,
-        answer_metric=answer_metric.replace("-", "_"),
-        show=show,
-        flops=flops,
-        inputs=inputs.replace("-", "_"),
-    )
-
-
 def run(
     lab: Lab,
     pipeline: Annotated[str | None, typer.Argument(help="A shipped pipeline's name, or a pipeline file.")] = None,
@@ -296,7 +236,8 @@ def run(
     show: Annotated[bool, typer.Option("--list", help="List the shipped pipelines.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the steps only.")] = False,
     smoke: Annotated[
-        bool, typer.Option("--smoke", help="Try it in seconds: a tiny fresh model and sample rows, in lab/smoke.")
+        bool,
+        typer.Option("--smoke", help="Try it, or all, in seconds: tiny fresh models and sample rows, in lab/smoke."),
     ] = False,
     again: Annotated[
         str | None, typer.Option("--again", metavar="RUN", help="Repeat a run of the store: is the result the same?")
@@ -312,7 +253,9 @@ def run(
             raise UserError("--again takes everything from the run. Leave out the rest.")
         repeat(lab, again)
         return
-    if show or pipeline is None:
+    if smoke and pipeline is None and not show and not dry_run:
+        pipelines.try_all(lab, pairs("--set", settings))
+    elif show or pipeline is None:
         pipelines.show_all()
     else:
         pipelines.run(lab, pipeline, pairs("--set", settings), dry_run=dry_run, smoke=smoke)

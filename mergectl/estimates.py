@@ -6,6 +6,7 @@ multiplication; disk is that of the models that a step writes. What cannot be kn
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -90,6 +91,7 @@ def _weights(base: Any) -> float:
     return WEIGHTS.get(str(base).partition("@")[0], math.nan)
 
 
+@functools.cache
 def speed(device: str) -> float:
     """Operations a second of a device: the best of a few multiplications."""
     import torch

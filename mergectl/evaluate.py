@@ -23,6 +23,7 @@ __all__ = ["Bench", "Evaluation", "LiveModel", "bench_of", "evaluate", "make_ben
 
 LENGTH = 32  # tokens that a model may write where its answers are shown
 BOOKKEEPING = ("seconds", "examples")
+NO_TASKS = "{} does not say for which tasks it has heads. Name experts that lend theirs (--heads), or tasks (--on)."
 
 
 @dataclass(frozen=True)
@@ -84,33 +85,36 @@ def evaluate(
     chosen = as_tasks(tasks if tasks is not None else own_tasks_of(model_ref), model_ref)
     check_answers(answer_metric, show, chosen)
     live = open_live(model_ref, chosen, heads=heads, device=device)
-    place = data or os.environ.get("MERGECTL_DATA")
-    folder = Path(place) if place else None
     found: dict[str, dict[str, float]] = {}
     shown: list[Written] = []
     for task in chosen:
-        bench = make_bench(
-            task,
-            with_inputs(live.preparer_of(task.id), inputs),
-            split=split,
-            data=folder,
-            limit=limit,
-            batch_size=batch_size,
-            seed=seed,
-        )
+        preparer, folder = with_inputs(live.preparer_of(task.id), inputs), _data_folder(data)
+        bench = make_bench(task, preparer, split=split, data=folder, limit=limit, batch_size=batch_size, seed=seed)
         found[task.id] = score_model(live, bench, dtype=dtype, progress=progress, answer_metric=answer_metric)
         if flops:
             found[task.id] |= costs(live.use(task.id), bench)
         if show:
             shown += [Written(task.id, *row) for row in written(live.use(task.id), bench, show, LENGTH, dtype=dtype)]
+    return _evaluation(str(getattr(model_ref, "ref", model_ref)), split, found, shown)
+
+
+def _evaluation(
+    model: str, split: str, found: Mapping[str, Mapping[str, float]], shown: Sequence[Written]
+) -> Evaluation:
+    """Tell the scores from what they took."""
     return Evaluation(
-        model=str(getattr(model_ref, "ref", model_ref)),
+        model=model,
         split=split,
         metrics={t: {k: v for k, v in m.items() if k not in BOOKKEEPING} for t, m in found.items()},
         seconds={task: metrics["seconds"] for task, metrics in found.items()},
         examples={task: int(metrics["examples"]) for task, metrics in found.items()},
         written=tuple(shown),
     )
+
+
+def _data_folder(data: Path | str | None) -> Path | None:
+    place = data or os.environ.get("MERGECTL_DATA")
+    return Path(place) if place else None
 
 
 def check_answers(metric: str, show: int, tasks: Sequence[Task]) -> None:
@@ -129,7 +133,7 @@ def as_tasks(tasks: Sequence[str | Task] | str, model: Any = None) -> list[Task]
     """Task words or tasks to tasks."""
     words = [tasks] if isinstance(tasks, str) else list(tasks)
     if not words:
-        raise UserError(f"{model} does not say which tasks it has heads for. Name them: --on glue/rte,glue/cola")
+        raise UserError(NO_TASKS.format(getattr(model, "ref", model)))
     return [found for word in words for found in (_resolved(word) if isinstance(word, str) else [word])]
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergectl.errors import UserError
+from mergectl.ranks import leads, scratch
 from mergectl.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class Lab:
     device: str = "auto"
     threads: int = 0  # 0: as many as there are free cores
     seed: int = 0
+    typed: frozenset[str] = frozenset()  # of seed and threads those that the user named: a file's do not count then
     terminal: Terminal = field(default_factory=Terminal)
     command: tuple[str, ...] = ()
 
@@ -50,6 +52,13 @@ class Lab:
         from mergectl.store import Store
 
         return Store(self.store_url or self.store_path)
+
+    @functools.cached_property
+    def _runs(self) -> Store:
+        """Where the runs of this process are written."""
+        from mergectl.store import Store
+
+        return self.store if leads() else Store(scratch() / "mergectl.duckdb")
 
     @property
     def store_name(self) -> str:
@@ -68,8 +77,8 @@ class Lab:
         return resolve(words, own_tasks(self.own_tasks))
 
     def start(self, kind: str, config: Mapping[str, Any], **facts: Any) -> Run:
-        """Begin a run: a row from its first moment."""
-        return self.store.start(
+        """Begin a run: a row from its first moment. Of the processes of one training only the first one's is kept."""
+        return self._runs.start(
             kind,
             config=dict(config),
             seed=facts.pop("seed", self.seed),
@@ -120,15 +129,11 @@ class Lab:
         """Set torch's threads and return the device to compute on; `auto` is CUDA, then MPS, then the processor."""
         import torch
 
+        from mergectl.models import pick_device
+
         if self.threads or "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(self.threads or free_cores())
-        if self.device != "auto":
-            if self.device.startswith("cuda") and not torch.cuda.is_available():
-                raise UserError(f"--device {self.device}: this machine has no usable CUDA device. Try --device cpu.")
-            return self.device
-        if torch.cuda.is_available():
-            return "cuda"
-        return "mps" if torch.backends.mps.is_available() else "cpu"
+        return pick_device(self.device)
 
 
 def _unchanged(run_id: str, path: Path, digest: str | None) -> Path:

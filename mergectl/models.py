@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,8 +44,7 @@ class Source:
     @property
     def trained_on(self) -> str | None:
         """The task whose head the model carries, where it says so."""
-        task = self.meta.get("task")
-        return str(task) if task else None
+        return str(task) if (task := self.meta.get("task")) else None
 
 
 def open_source(ref: str | Path | Checkpoint) -> Source:
@@ -288,14 +288,13 @@ def quiet() -> Iterator[None]:
 
 
 def pick_device(device: str = "auto") -> str:
-    """`auto` is the first accelerator that torch can use, else the CPU."""
+    """Check a device's name; `auto` is the first accelerator that torch can use, else the CPU."""
     import torch
 
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
+        raise UserError(f"There is no device '{device}'. Use auto, cpu, cuda, cuda:1 or mps.")
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: torch sees no CUDA device here. Use --device cpu or auto.")
-    try:
-        return str(torch.device(device))
-    except RuntimeError as error:
-        raise UserError(f"There is no device '{device}'. Use auto, cpu, cuda, cuda:1 or mps.") from error
+        raise UserError(f"--device {device}: this machine has no usable CUDA device. Try --device cpu.")
+    return device

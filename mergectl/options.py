@@ -15,6 +15,7 @@ import typer
 
 from mergectl.errors import UserError
 from mergectl.lab import Lab
+from mergectl.ranks import leads
 from mergectl.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -47,10 +48,14 @@ Tasks = Annotated[
         rich_help_panel=ALWAYS,
     ),
 ]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of every random draw.", rich_help_panel=ALWAYS)]
+Seed = Annotated[
+    int | None,
+    typer.Option("--seed", min=0, help="Seed of every random draw; default: 0, or a file's.", rich_help_panel=ALWAYS),
+]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.", rich_help_panel=ALWAYS)]
 Threads = Annotated[
-    int, typer.Option("--threads", min=0, help="Processor threads; 0: one per free core.", rich_help_panel=ALWAYS)
+    int | None,
+    typer.Option("--threads", min=0, help="Processor threads; default: 0, one per free core.", rich_help_panel=ALWAYS),
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.", rich_help_panel=ALWAYS)]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.", rich_help_panel=ALWAYS)]
@@ -60,9 +65,9 @@ COMMON: dict[str, tuple[Any, Any]] = {
     "store": (Store, "lab/mergectl.duckdb"),
     "data": (Data, None),
     "own_tasks": (Tasks, None),
-    "seed": (Seed, 0),
+    "seed": (Seed, None),
     "device": (Device, "auto"),
-    "threads": (Threads, 0),
+    "threads": (Threads, None),
     "as_json": (Json, False),
     "quiet": (Quiet, False),
     "debug": (Debug, False),
@@ -100,9 +105,10 @@ def _lab(common: Mapping[str, Any]) -> Lab:
         data=common["data"],
         own_tasks=common["own_tasks"],
         device=common["device"],
-        threads=common["threads"],
-        seed=common["seed"],
-        terminal=Terminal(quiet=common["quiet"], as_json=common["as_json"]),
+        threads=common["threads"] or 0,
+        seed=common["seed"] or 0,
+        typed=frozenset(name for name in ("seed", "threads") if common[name] is not None),
+        terminal=Terminal(quiet=common["quiet"] or not leads(), as_json=common["as_json"] and leads()),
         command=("mergectl", *sys.argv[1:]),
     )
 
@@ -203,7 +209,9 @@ def arrange(args: Sequence[str]) -> list[str]:
         while index < len(rest) and not rest[index].startswith("-"):
             values.append(rest[index])
             index += 1
-        spread += [part for value in values for part in (word, value)] or [word]
+        if not values:
+            raise UserError(f"{word} takes at least one word, and none stands behind it.")
+        spread += [part for value in values for part in (word, value)]
     return [*spread, *front] if rest else front
 
 
@@ -221,7 +229,7 @@ def _front(args: list[str]) -> tuple[list[str], list[str]]:
 
 def with_seed(lab: Lab, seed: int | None) -> Lab:
     """The same lab with the seed that a recipe names, where the command line names none."""
-    return lab if seed is None else replace(lab, seed=seed)
+    return lab if seed is None or "seed" in lab.typed else replace(lab, seed=seed)
 
 
 def adapt_options(method: str, on: str | None, items: Sequence[str] | None) -> dict[str, Any]:

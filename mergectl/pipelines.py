@@ -85,8 +85,30 @@ def _filled(value: Any, settings: Mapping[str, Any]) -> Any:
     return re.sub(r"\$\{(\w+)\}", lambda match: str(settings[match[1]]), value)
 
 
-def run(lab: Lab, name: str, changes: Mapping[str, str], *, dry_run: bool = False, smoke: bool = False) -> None:
-    """Execute a pipeline's steps in order; one that a finished run already did is skipped."""
+def try_all(lab: Lab, changes: Mapping[str, str]) -> None:
+    """Try every shipped pipeline that can be, one after the other in this process, and show what each took."""
+    rows: list[tuple[str, str]] = []
+    for name in shipped():
+        if not _read(name).smoke:
+            continue
+        began = time.perf_counter()
+        lab.terminal.say(f"\n{name}")
+        run(lab, name, changes, smoke=True, finish=False)
+        rows.append((name, f"{time.perf_counter() - began:.0f} s"))
+    total = sum(int(took.split()[0]) for _, took in rows)
+    print_table("Tried with tiny models, offline", ("pipeline", "took"), [*rows, ("all", f"{total} s")], left=1)
+
+
+def run(
+    lab: Lab,
+    name: str,
+    changes: Mapping[str, str],
+    *,
+    dry_run: bool = False,
+    smoke: bool = False,
+    finish: bool = True,
+) -> None:
+    """Execute a pipeline's steps in order; one that a finished run already did is skipped. Then show the scores."""
     pipeline = load(name, changes, smoke=smoke)
     lab = _set_up(lab, pipeline, changes)
     if smoke:  # in a lab of its own: its scores mean nothing
@@ -108,7 +130,8 @@ def run(lab: Lab, name: str, changes: Mapping[str, str], *, dry_run: bool = Fals
         spent = "already done" if again else f"{time.perf_counter() - started:.1f} s"
         lab.terminal.say(f"[{number}/{len(pipeline.steps)}] {verb} {_line(step[verb])}: {spent}")
     lab.terminal.say(f"Done in {time.perf_counter() - began:.0f} s.")
-    _finish(lab, pipeline)
+    if finish:
+        _finish(lab, pipeline)
 
 
 def _plan(lab: Lab, pipeline: PipelineFile, folder: Path) -> None:
@@ -131,7 +154,7 @@ def _set_up(lab: Lab, pipeline: PipelineFile, changes: Mapping[str, str]) -> Lab
         value = pipeline.settings.get(name, given)
         if not isinstance(value, int) or value < 0:
             raise UserError(f"The pipeline's {name} must be a whole number of at least 0, got '{value}'.")
-        return value if name in changes or not given else given
+        return value if name in changes or name not in lab.typed else given
 
     return replace(lab, seed=chosen("seed", lab.seed), threads=chosen("threads", lab.threads))
 
@@ -154,7 +177,8 @@ def _finish(lab: Lab, pipeline: PipelineFile) -> None:
     from mergectl.report import leaderboard
 
     suites = {word.split("/")[0] for step in pipeline.steps for word in words_of(step.get("eval", {}), "on")}
-    limits = {step["eval"].get("limit") for step in pipeline.steps if "eval" in step}
+    scored = [step["eval"] for step in pipeline.steps if "eval" in step and not step["eval"].get("conflict")]
+    limits = {what.get("limit") for what in scored}
     limit = limits.pop() if len(limits) == 1 else None
     split, suite = "report" if limit is None else f"report:{limit}", suites.pop() if len(suites) == 1 else None
     leaderboard(lab, split, suite, "json" if lab.terminal.as_json else "table")

@@ -47,7 +47,7 @@ def names(kind: str) -> list[str]:
 
 def load(kind: str, name: str) -> ModuleType:
     """Import the file of that name; a wrong name or a broken file is a UserError."""
-    plugin = next((plugin for plugin in _found(kind) if plugin.name == name), None)
+    plugin = _own(kind).get(name) or next((plugin for plugin in _found(kind) if plugin.name == name), None)
     if plugin is None:
         raise UserError(f"No {kind.removesuffix('s')} '{name}'.{did_you_mean(name, names(kind))}")
     with _lock:
@@ -90,8 +90,7 @@ def blamed(kind: str, name: str, error: Exception) -> Exception:
 
 
 def _found(kind: str) -> Iterator[Plugin]:
-    for path in _own(kind):
-        yield Plugin(kind, _shown(kind, path.stem), f"{kind}/{path.name}")
+    yield from _own(kind).values()
     for entry in _entries(f"mergectl.{kind}", tuple(sys.path)):
         made_by = f"{entry.dist.name} {entry.dist.version}" if entry.dist else "an installed distribution"
         yield Plugin(kind, _shown(kind, entry.name), f"{made_by} ({entry.value})", entry=entry)
@@ -106,10 +105,12 @@ def _shown(kind: str, name: str) -> str:
 
 
 @functools.cache
-def _own(kind: str) -> list[Path]:
-    """List our own files; they do not change while the program runs."""
+def _own(kind: str) -> dict[str, Plugin]:
+    """Our own files by name; they do not change while the program runs."""
     folder = Path(__file__).parent / kind
-    return _files(folder if folder.is_dir() else folder.parent.parent / kind)
+    files = _files(folder if folder.is_dir() else folder.parent.parent / kind)
+    found = [Plugin(kind, _shown(kind, path.stem), f"{kind}/{path.name}") for path in files]
+    return {plugin.name: plugin for plugin in found}
 
 
 @functools.cache

@@ -51,7 +51,7 @@ def push(folder: Path, repo: str, *, public: bool = False) -> str:
     except Exception as error:  # whatever ended the upload, the model is complete
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise WorkError(
-            f"The merged model is complete in {folder}, but was not pushed to {repo}: {reason[0]} "
+            f"The merged model is complete in {folder}, but was not pushed to {repo}: {reason[0].rstrip('.')}. "
             f"Log in by 'hf auth login' and push it by 'hf upload {repo} {folder}'."
         ) from error
     return str(address)

@@ -128,7 +128,8 @@ def _merge(lab: Lab, run: Facts, scratch: Path) -> str | None:
 def _eval(lab: Lab, run: Facts, scratch: Path) -> str | None:
     """Score again with the same heads on the same rows."""
     from mergectl.checkpoints import open_checkpoint
-    from mergectl.verbs import evaluate_model, task_version
+    from mergectl.evaluations import evaluate_model
+    from mergectl.tasks import task_version
 
     config = run["config"]
     if "tasks" not in config:

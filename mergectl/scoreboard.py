@@ -12,7 +12,8 @@ from mergectl.lab import Lab
 if TYPE_CHECKING:
     from mergectl.store import Table
 
-# What a model's making saw of the rows that score it: an adaptation unlabelled ones, a search even their labels.
+# What a model's making saw of the rows that score it: an adaptation unlabelled ones; a search, or a fine-tuning that
+# chose on them, even their labels.
 SAW = "SELECT run_id, key, value FROM environment WHERE key IN ('saw', 'searched_on') AND value LIKE '%report%'"
 RELATIVE = "SELECT coalesce(run_id, eval_run) AS run_id, task, relative_to_expert FROM leaderboard WHERE split = ?"
 
@@ -130,7 +131,8 @@ def _rows(
             parts = [cost.get(r["run_id"], {}) for r in own if r["kind"] == "expert"]
             took = {key: _sum(part.get(key) for part in parts) for key in ("bytes", "seconds")}
             shares = {task: 1.0 for task in tasks if (row[task] or 0) > 0}
-        seen = f" (saw: {saw[row['run_id']]})" if row["kind"] == "merged" and row["run_id"] in saw else ""
+        made_here = row["kind"] in ("merged", "expert")
+        seen = f" (saw: {saw[row['run_id']]})" if made_here and row["run_id"] in saw else ""
         scores = {task: row[task] for task in tasks}
         made.append(
             Row(row["kind"], str(row["model"]), recipe_of(row) + seen, row["method"], scores,

@@ -7,12 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergectl.board import short
 from mergectl.checkpoints import open_checkpoint
+from mergectl.evaluations import evaluate_model, evaluate_references
 from mergectl.families import open_family
 from mergectl.lab import Lab
 from mergectl.refs import ref_of
 from mergectl.terminal import print_table
-from mergectl.verbs import evaluate_model, evaluate_references
 
 if TYPE_CHECKING:
     from mergectl.evaluate import Written
@@ -132,6 +133,7 @@ def search_and_show(lab: Lab, job: SearchJob, out: Path, *, force: bool) -> None
     document = {
         "run": result["run"], "study": result["study"], "out": result["out"], "settings": best.settings,
         "trial": best.number, job.split: best.score, "report": found.mean, "tasks": found.scores,
+        f"{job.split}_tasks": result["scores"],
     }  # fmt: skip
     if len(result["objectives"]) > 1:
         document["front"] = [
@@ -146,14 +148,18 @@ def search_and_show(lab: Lab, job: SearchJob, out: Path, *, force: bool) -> None
 def _show_search(job: SearchJob, result: dict[str, Any]) -> None:
     best, found, objectives = result["best"], result["report"], result["objectives"]
     if len(objectives) > 1:
-        rows = [(t.number, *t.values, 100 * t.score, _settings(t.settings)) for t in result["front"]]
-        print_table(f"Pareto front on '{job.split}'", ("trial", *objectives, "mean in percent", "settings"), rows)
+        rows = [(t.number, _settings(t.settings), *t.values, 100 * t.score) for t in result["front"]]
+        heads = ("trial", "settings", *objectives, "mean in percent")
+        print_table(f"Pareto front on '{job.split}'", heads, rows, left=2)
         print(f"Written: trial {best.number}, the best mean of the front.")
-    rows = [(task, _percent(score)) for task, score in found.scores.items()]
-    print_table("Best candidate in percent", ("task", "report"), [*rows, ("mean", _percent(found.mean))])
-    print(f"{_settings(best.settings)}  (study {result['study']})")
-    print(f"{result['out']}  (run {result['run']}, trial {best.number}, {100 * best.score:.1f} on '{job.split}')")
+    scores = result["scores"]
+    rows = [(task, _percent(scores.get(task)), _percent(score)) for task, score in found.scores.items()]
+    heads = ("task", f"{job.split} (searched)", "report")
+    print_table("Best candidate in percent", heads, [*rows, ("mean", _percent(best.score), _percent(found.mean))])
+    print(f"Trial {best.number} of {result['evaluated']}: {_settings(best.settings)}")
+    print(f"Written to {result['out']} (run {result['run']}).")
+    print(f"What the search found: mergectl report --study {result['study']}")
 
 
 def _settings(settings: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in settings.items())
+    return ", ".join(f"{name}={short(value)}" for name, value in settings.items())

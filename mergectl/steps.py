@@ -105,7 +105,7 @@ def _merge(lab: Lab, folder: Path, what: dict[str, Any]) -> bool:
 
 def _eval(lab: Lab, folder: Path, what: dict[str, Any]) -> bool:
     from mergectl.conflict import store_conflict
-    from mergectl.verbs import evaluate_model, evaluate_references
+    from mergectl.evaluations import evaluate_model, evaluate_references
 
     models = _experts(lab, folder, what, "models")
     if what.get("conflict"):

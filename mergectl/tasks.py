@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -112,3 +113,19 @@ def declared(specs: Mapping[str, Mapping[str, object]], path: Path) -> dict[str,
     module = plugins.load("benchmarks", FILES)
     return {name: replace(module.declare({"name": name, "folder": str(path.parent), **spec}), suite=FILES)
             for name, spec in specs.items()}  # fmt: skip
+
+
+def task_version(task: Task) -> int | str:
+    """What decides a task's rows: its version; for the user's own files what they hold and how they are read."""
+    if not task.files:
+        return task.version
+    content = {use: hashlib.sha256(Path(path).read_bytes()).hexdigest() for use, path in task.files.items()}
+    read = (content, task.kind, task.inputs, task.label, task.labels, task.metric, task.parts)
+    return hashlib.sha256(repr(read).encode()).hexdigest()
+
+
+def check_split(tasks: Sequence[Task], split: str) -> None:
+    """Refuse a split that a task does not have, before a model is loaded."""
+    for task in tasks:
+        if split not in task.parts:
+            raise UserError(f"{task.id} has no rows for '{split}', only for {', '.join(task.parts)}.")

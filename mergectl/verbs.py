@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mergectl import __version__
-from mergectl.checkpoints import Checkpoint, open_checkpoint
+from mergectl.checkpoints import open_checkpoint
+from mergectl.claims import claimed
 from mergectl.errors import UserError
 from mergectl.families import Family, open_family
 from mergectl.lab import Lab, versions
-from mergectl.lenders import role_of
 from mergectl.merge import MergeJob, checked, described
 from mergectl.open_clip import layout
+from mergectl.ranks import leads
 from mergectl.stacking import parts_of
 from mergectl.supplies import asked_by, settled_options, supplies_of
+from mergectl.tasks import task_version
 
 if TYPE_CHECKING:
-    from mergectl.benchmarks._contract import Task, Use
-    from mergectl.evaluate import Evaluation
+    from mergectl.benchmarks._contract import Task
     from mergectl.finetune_config import FinetuneConfig
     from mergectl.models import Source
     from mergectl.store import Run
@@ -122,131 +123,6 @@ def record_model(run: Run, folder: Path, digest: str) -> None:
     run.artifact("model", str(folder.absolute()), digest, size)
 
 
-def evaluate_model(
-    lab: Lab,
-    ref: str,
-    words: Sequence[str] = (),
-    *,
-    heads: Sequence[tuple[str | None, str]] = (),
-    split: Use = "report",
-    limit: int | None = None,
-    batch_size: int = 64,
-    dtype: str = "float32",
-    answer_metric: str = "rank",
-    show: int = 0,
-    flops: bool = False,
-    inputs: str = "full",
-    reuse: bool = False,
-) -> Result:
-    """Score a model on tasks, with heads of its own or borrowed; record every metric."""
-    from mergectl.evaluate import check_answers, evaluate
-    from mergectl.heads import own_tasks_of
-    from mergectl.preprocess import check_inputs
-
-    model = open_checkpoint(ref, lab.find_run)
-    by_task = _borrowed(lab, heads)
-    tasks = lab.tasks(words or list(by_task) or own_tasks_of(model))
-    check_split(tasks, split)
-    check_answers(answer_metric, show, tasks)
-    check_inputs(inputs)
-    config = _eval_config(lab, model, tasks, by_task, split, limit, dtype)
-    odd = {"answer_metric": answer_metric, "inputs": inputs, "flops": flops}
-    config |= {name: value for name, value in odd.items() if value not in ("rank", "full", False)}
-    if reuse and (done := lab.done("eval", config)):
-        return {"run": done["run_id"], "again": True}
-    with lab.start("eval", config, name=f"{model.label}@{split}") as run:
-        run.input("model", model.ref, model.digest)
-        for task, expert in by_task.items():
-            run.input(role_of(expert, model), expert.ref, expert.digest, task=task)
-        with lab.terminal.progress(f"Evaluating {model.label}") as progress:
-            found = evaluate(
-                model, tasks, split=split, data=lab.data, batch_size=batch_size, limit=limit,
-                device=lab.torch_device(), dtype=dtype, heads=by_task, progress=progress, seed=lab.seed,
-                answer_metric=answer_metric, show=show, flops=flops, inputs=inputs,
-            )  # fmt: skip
-        parts = [split, *([] if limit is None else [limit]), *({answer_metric, inputs} - {"rank", "full"})]
-        record_scores(run, found, ":".join(map(str, parts)))
-    return {"run": run.id, "model": model.ref, "split": split, "evaluation": found, "again": False}
-
-
-def check_split(tasks: Sequence[Task], split: str) -> None:
-    """Refuse a split that a task does not have, before a model is loaded."""
-    for task in tasks:
-        if split not in task.parts:
-            raise UserError(f"{task.id} has no rows for '{split}', only for {', '.join(task.parts)}.")
-
-
-def _borrowed(lab: Lab, heads: Sequence[tuple[str | None, str]]) -> dict[str, Checkpoint]:
-    """The experts that lend their heads, by task id."""
-    found = {}
-    for task, ref in heads:
-        expert = open_checkpoint(ref, lab.find_run)
-        word = task or expert.task
-        if word is None:
-            raise UserError(f"{ref} does not say which task it is for. Name it: --heads suite/task={ref}")
-        found[lab.tasks([word])[0].id] = expert
-    return found
-
-
-def _eval_config(
-    lab: Lab,
-    model: Checkpoint,
-    tasks: Sequence[Task],
-    heads: Mapping[str, Checkpoint],
-    split: str,
-    limit: int | None,
-    dtype: str,
-) -> dict[str, Any]:
-    return {
-        "model": model.digest,
-        "heads": {task: expert.digest for task, expert in heads.items()},
-        "tasks": {task.id: task_version(task) for task in tasks},
-        "split": split,
-        "limit": limit,
-        "dtype": dtype,
-        "data": None if lab.data is None else str(lab.data.absolute()),
-        "version": __version__,
-    }
-
-
-def task_version(task: Task) -> int | str:
-    """What decides a task's rows: its version; for the user's own files what they hold and how they are read."""
-    if not task.files:
-        return task.version
-    content = {use: hashlib.sha256(Path(path).read_bytes()).hexdigest() for use, path in task.files.items()}
-    read = (content, task.kind, task.inputs, task.label, task.labels, task.metric, task.parts)
-    return hashlib.sha256(repr(read).encode()).hexdigest()
-
-
-def record_scores(run: Run, found: Evaluation, split: str) -> None:
-    """Every metric of every task, its seconds and its number of examples."""
-    for task, metrics in found.metrics.items():
-        for name, value in metrics.items():
-            run.metric(name, value, task=task, split=split)
-        run.metric("seconds", found.seconds[task], task=task, split=split)
-        run.metric("examples", found.examples[task], task=task, split=split)
-    run.metric("mean_score", found.mean, split=split)
-
-
-def evaluate_references(lab: Lab, family: Family, words: Sequence[str], **how: Any) -> list[Result]:
-    """Score the base under each expert's head, and each expert on its own task: what merges are compared with."""
-    from mergectl.tasks import answers
-
-    trained = [(family.task_ids[name], expert) for name, expert in family.experts.items()]
-    wanted = lab.tasks(words or [task for task, _ in trained])
-    asked = [(task.id, expert) for head, expert in trained for task in wanted if answers(head, task)]
-    heads = [(task, expert.place) for task, expert in asked]
-    results = []
-    for task, expert in asked:
-        lends = family.has_base and role_of(family.base, expert) != "head"
-        own = [(task, family.base.place)] if lends else []
-        results.append(evaluate_model(lab, expert.place, [task], heads=own, reuse=True, **how))
-    if family.has_base:
-        base = family.base.place
-        results.insert(0, evaluate_model(lab, base, [t for t, _ in heads], heads=heads, reuse=True, **how))
-    return results
-
-
 def finetune_experts(
     lab: Lab,
     words: Sequence[str],
@@ -271,6 +147,8 @@ def finetune_experts(
     tasks = lab.tasks(words)
     folders = [out / f"{short}{suffix}" for short in short_names([task.id for task in tasks])]
     source = base_source(lab, base)
+    if source.weights is None:
+        lab.terminal.say(f"note: {base} holds no weights: training starts from fresh ones.")
     where: dict[str, Any] = {"base": str(source.folder or source.ref), "seed": lab.seed, "device": lab.torch_device()}
     owned = [(masked or {}).get(task.id) for task in tasks]
     configs = [
@@ -322,7 +200,10 @@ def finetune_one(
     if reuse and (done := lab.done("finetune", config, out=out)):
         return {"run": done["run_id"], "task": task.id, "out": str(out), "again": True}
     artefacts.check_free(out, force)
-    with lab.start("finetune", config, name=out.name) as run:
+    alone = claimed(out, "fine-tuning into") if leads() else nullcontext()
+    with alone, lab.start("finetune", config, name=out.name) as run:
+        if settings.select_on == "report":
+            run.note("saw", "labelled report inputs")
         run.input("base", source.ref, source.weights.digest if source.weights is not None else None)
         for entry in () if masked is None else masked.inputs:
             run.input(**entry)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,12 +16,31 @@ import pytest
 import torch
 
 # A busy machine is no failure: examples are limited in number, not in time.
-hypothesis.settings.register_profile("ours", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.register_profile(
+    "ours", deadline=None, max_examples=50, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.load_profile("ours")
 
 torch.set_num_threads(1)
 
 Cli = Callable[..., int]
+
+
+def pytest_collection_finish() -> None:
+    """Hide all tests and libraries from garbage collection: every training asks for a whole one."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Do the same with what the tests of a file have loaded."""
+    if nextitem is not None and nextitem.path != item.path:
+        pytest_collection_finish()
+
+
+def pytest_unconfigure() -> None:
+    """Let libraries that count their objects at the end see them go."""
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +49,7 @@ def own_lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("MERGECTL_STORE", "MERGECTL_DATA", "MERGECTL_TASKS", "MERGECTL_PLUGINS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path.parent / f"{tmp_path.name}-cache"))
+    monkeypatch.setattr(os, "fsync", os.fstat)  # a lab of a test need not outlive a power cut
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -199,6 +199,42 @@ def test_a_value_per_task_of_a_setting_that_cannot_differ(cli: Cli, capsys: Capt
     assert "No weight is called 'parity'" in err and "scale cannot differ per task" in err
 
 
+@pytest.mark.parametrize("word", ["", "task="])
+def test_a_model_without_a_name(cli: Cli, capsys: Capture, population: Path, word: str) -> None:
+    assert "The name of a model is empty." in refused(cli, capsys, *merge_words(population, word))
+
+
+def test_an_option_of_several_words_with_none(cli: Cli, capsys: Capture, population: Path) -> None:
+    err = refused(cli, capsys, "merge", "ties", "--experts", "--base", population / "base", "-o", "out")
+    assert err == "Error: --experts takes at least one word, and none stands behind it.\n"
+
+
+def test_an_unknown_device(cli: Cli, capsys: Capture, population: Path) -> None:
+    err = refused(cli, capsys, *merge_words(population, population / "parity"), "--device", "gpu")
+    assert "There is no device 'gpu'. Use auto, cpu, cuda, cuda:1 or mps." in err
+
+
+@pytest.mark.parametrize("verb", ["merge", "finetune"])
+def test_an_output_folder_inside_a_file(cli: Cli, capsys: Capture, population: Path, verb: str) -> None:
+    Path("file.txt").write_text("text")
+    words = ["digits/loop", "--base", population / "base", "-o", "file.txt"]
+    if verb == "merge":
+        words = ["average", "--experts", population / "loop", "-o", "file.txt/out"]
+    assert "file.txt is a file, so nothing can be written in it." in refused(cli, capsys, verb, *words)
+
+
+def test_a_model_that_is_for_no_task(cli: Cli, capsys: Capture, population: Path) -> None:
+    err = refused(cli, capsys, "eval", population / "base")
+    assert f"{population / 'base'} does not say for which tasks it has heads." in err and "--heads" in err
+
+
+def test_the_model_may_stand_behind_the_tasks(cli: Cli, capsys: Capture, population: Path) -> None:
+    assert cli("eval", "--on", "digits/parity", population / "parity", "--limit", 5) == 0
+    assert "Which model is to be scored?" in refused(cli, capsys, "eval", "--on", "digits/parity")
+    assert "Which model is to be scored?" in refused(cli, capsys, "eval", "--on", "digits/parity", "digits/loop")
+    assert "no folder './nowhere'" in refused(cli, capsys, "eval", "--on", "digits/parity", "./nowhere")
+
+
 def test_an_unknown_split(cli: Cli, capsys: Capture, population: Path) -> None:
     err = refused(cli, capsys, "eval", population / "parity", "--split", "repot")
     assert err == "Error: digits/parity has no rows for 'repot', only for fit, tune, report.\n"
@@ -223,6 +259,10 @@ RECIPES = {
     "experts: [a]\n": "the key 'method' is missing",
     "method: ties\nexperts: 3\n": "line 2, key 'experts",
     "- a\n": "line 1",
+    "method: ties\nmethod: average\n": "line 2: the key 'method' stands twice",
+    "method: \x07\n": "line 1: control characters are not allowed",
+    "method: &a [*a]\n": "a part of it contains itself",
+    "method: 2026-13-01\n": "line 1: month must be in 1..12",
 }
 
 

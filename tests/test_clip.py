@@ -22,6 +22,7 @@ from mergectl.benchmarks._contract import Task, with_suite
 from mergectl.checkpoints import open_checkpoint
 from mergectl.errors import UserError
 from mergectl.evaluate import evaluate
+from mergectl.evaluations import evaluate_model, evaluate_references
 from mergectl.families import open_family
 from mergectl.finetune import FinetuneConfig, finetune
 from mergectl.heads import open_live
@@ -31,7 +32,7 @@ from mergectl.models import quiet
 from mergectl.plan import recipe_of
 from mergectl.preprocess import ImagePreparer, image_preparer
 from mergectl.presets import settled
-from mergectl.verbs import evaluate_model, evaluate_references, merge_models
+from mergectl.verbs import merge_models
 
 TASKS = {task.name: with_suite(task, "vision20") for task in vision20.TASKS}
 MNIST, LAND, FACES = TASKS["mnist"], TASKS["eurosat"], TASKS["fer2013"]

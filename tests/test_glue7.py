@@ -12,6 +12,7 @@ import pytest
 from mergectl import smoke
 from mergectl.benchmarks._contract import same_question
 from mergectl.errors import UserError
+from mergectl.evaluations import evaluate_model, evaluate_references
 from mergectl.families import open_family
 from mergectl.heads import open_live
 from mergectl.lab import Lab
@@ -19,7 +20,7 @@ from mergectl.merge import MergeJob
 from mergectl.models import model_config, new_model, open_source, quiet
 from mergectl.plan import recipe_of
 from mergectl.tasks import answers, resolve, suite
-from mergectl.verbs import evaluate_model, evaluate_references, merge_models
+from mergectl.verbs import merge_models
 
 ORDER = ["cola", "sst2", "mrpc", "qqp", "mnli", "qnli", "rte"]
 SEVEN, GLUE = suite("glue7"), suite("glue")

@@ -285,6 +285,18 @@ def test_a_merge_may_be_scored_at_once_and_told_in_a_file(
     assert json.loads(capsys.readouterr().out) == [{"kind": "eval", "n": 1}, {"kind": "merge", "n": 1}]
 
 
+def test_the_scores_of_a_merge_are_printed_with_their_mean_and_their_run() -> None:
+    from mergectl.merge_scores import shown
+
+    facts = {"tasks": {"digits/parity": 0.5, "digits/loop": 0.75}, "mean": 0.625, "eval": "e1", "file": "log.txt"}
+    lines = ["digits/parity  50.0", "digits/loop    75.0", "mean           62.5  (run e1)", "added to log.txt"]
+    assert shown(facts) == lines
+    assert shown({"tasks": {"digits/loop": 0.75}, "mean": 0.75, "eval": "e1", "file": None}) == [
+        "digits/loop  75.0  (run e1)"
+    ]
+    assert shown({}) == []
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [

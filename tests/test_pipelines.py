@@ -14,6 +14,7 @@ from mergectl import pipelines
 from mergectl.errors import UserError
 from mergectl.lab import Lab
 from mergectl.settings import settings_of
+from mergectl.steps import STEPS as WORK
 from tests.conftest import Cli
 
 Capture = pytest.CaptureFixture[str]
@@ -122,6 +123,19 @@ def test_another_seed_on_the_command_line_counts(cli: Cli, capsys: Capture, ran:
     assert more(cli, capsys) == ONCE
     assert cli("--json", "report", "--sql", "select distinct seed from runs where kind <> 'trial' order by 1") == 0
     assert json.loads(capsys.readouterr().out) == [{"seed": 3}, {"seed": 4}]
+
+
+def test_a_seed_on_the_command_line_goes_before_the_pipelines_even_if_it_is_0(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, population: Path
+) -> None:
+    seeds: list[int] = []
+    monkeypatch.setitem(WORK, "merge", lambda lab, *_: seeds.append(lab.seed))
+    monkeypatch.setattr(pipelines, "_finish", lambda *_: None)  # nothing was stored that it could show
+    merge = {"method": "average", "base": str(population / "base"), "experts": [str(population / "loop")], "out": "m"}
+    path = write({"title": "Short", "settings": {"seed": 3}, "steps": [{"merge": merge}]}, "short.yaml")
+    for words in ([], ["--seed", 0], ["--seed", 4], ["--seed", 4, "--set", "seed=5"]):
+        assert cli("run", path, *words) == 0
+    assert seeds == [3, 0, 4, 5]
 
 
 def test_a_model_that_was_deleted_is_made_again(cli: Cli, capsys: Capture, ran: Path) -> None:
@@ -236,6 +250,18 @@ def test_the_shipped_pipelines_are_listed(cli: Cli, capsys: Capture) -> None:
     assert cli("run", "--list") == 0
     out = capsys.readouterr().out
     assert all(name in out for name in pipelines.shipped())
+
+
+def test_without_a_name_a_smoke_run_tries_every_pipeline_that_can_be(
+    cli: Cli, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[tuple[str, dict[str, bool]]] = []
+    monkeypatch.setattr(pipelines, "run", lambda _lab, name, _changes, **how: tried.append((name, how)))
+    assert cli("run", "--smoke") == 0
+    names = [name for name in pipelines.shipped() if pipelines.load(name, {}).smoke]
+    assert tried == [(name, {"smoke": True, "finish": False}) for name in names]
+    out = capsys.readouterr().out
+    assert len(names) > 30 and all(name in out for name in names)
 
 
 @pytest.mark.parametrize("name", pipelines.shipped())

@@ -29,7 +29,7 @@ def shown(text: str) -> list[list[str]]:
 
 
 def test_the_pipelines_of_the_pcb_paper_are_shipped() -> None:
-    assert {"pcb-t5-base", "pcb-t5-large", "pcb-t5-search", "pcb-ia3"} <= set(SMALL)
+    assert {"pcb-t5-base", "pcb-t5-large", "pcb-t5-search", "pcb-t5-large-search", "pcb-ia3"} <= set(SMALL)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -157,7 +157,7 @@ VISION = ["sun397", "cars", "resisc45", "eurosat", "svhn", "gtsrb", "mnist", "dt
 
 
 def test_the_vision_pipelines_of_the_pcb_paper_train_as_its_recipe_says() -> None:
-    assert {"pcb-vit-b32", "pcb-vit-l14", "pcb-vit-b32-search"} <= set(SMALL)
+    assert {"pcb-vit-b32", "pcb-vit-l14", "pcb-vit-b32-search", "pcb-vit-l14-search"} <= set(SMALL)
     for name in ("pcb-vit-b32", "pcb-vit-l14"):
         (train,) = (step["finetune"] for step in pipelines.load(name, {}).steps if "finetune" in step)
         usual = {"lr": 1e-5, "weight_decay": 0.1, "scheduler": "cosine", "warmup_steps": 500, "max_steps": None}

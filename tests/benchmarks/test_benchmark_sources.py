@@ -69,6 +69,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Give every test an empty cache and no hub."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: None)
     monkeypatch.setitem(sys.modules, "datasets", Hub(ConnectionError("no network here")))
     return tmp_path / "cache"
 
@@ -191,6 +192,20 @@ def test_offline_mode_asks_no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     called = hub(monkeypatch, {"test": rows("hub")})
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(BenchmarkError, match="HF_HUB_OFFLINE is set"):
+        _rows.load(TASK, "report")
+    assert called.calls == []
+
+
+def test_a_hub_out_of_reach_is_asked_once_and_told_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    class TransportError(Exception):
+        pass
+
+    def ask(_: object, *words: object, **options: object) -> None:
+        raise type("ConnectError", (TransportError,), {})("[Errno -2] Name or service not known")
+
+    called = hub(monkeypatch, {"test": rows("hub")})
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", ask)
+    with pytest.raises(BenchmarkError, match=r"the hub gave no someone/mood: it cannot be reached from here\. Put"):
         _rows.load(TASK, "report")
     assert called.calls == []
 

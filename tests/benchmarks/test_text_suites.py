@@ -12,13 +12,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mergectl.benchmarks import _rows, _templates, glue, glue_t5, qa7, t0_heldout
+from mergectl.benchmarks import _rows, _templates, glue, glue_t5, qa7, sentences, sentences_t5, t0_heldout
 from mergectl.benchmarks._contract import BenchmarkError, Task, Template, Use, with_suite
 from mergectl.benchmarks._templates import Words, ask
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "medusa" / "prompts.json"
 PROMPTS: dict[str, list[dict[str, Any]]] = json.loads(GOLDEN.read_text(encoding="utf-8"))
-SUITES = {"glue-t5": glue_t5.TASKS, "qa7": qa7.TASKS, "t0-heldout": t0_heldout.TASKS}
+SUITES = {
+    "glue-t5": glue_t5.TASKS,
+    "sentences-t5": sentences_t5.TASKS,
+    "qa7": qa7.TASKS,
+    "t0-heldout": t0_heldout.TASKS,
+}
 ALL = [with_suite(task, suite) for suite, tasks in SUITES.items() for task in tasks]
 QA7 = {task.name: task for task in qa7.TASKS}
 HELD_OUT = {task.name: task for task in t0_heldout.TASKS}
@@ -44,6 +49,7 @@ def asked(task: Task, row: dict[str, Any], folder: Path, template: int = 0) -> t
 def test_the_tasks_of_each_suite_are_those_of_the_papers() -> None:
     assert {suite: [task.name for task in tasks] for suite, tasks in SUITES.items()} == {
         "glue-t5": ["cola", "sst2", "rte", "wnli", "mrpc", "mnli", "qnli", "qqp"],
+        "sentences-t5": ["trec", "subj", "rotten_tomatoes", "ag_news"],
         "qa7": ["paws", "qasc", "quartz", "story_cloze", "wiki_qa", "winogrande", "wsc"],
         "t0-heldout": [
             "rte", "cb", "winogrande", "wic", "wsc", "copa", "h-swag", "story_cloze", "anli-r1", "anli-r2", "anli-r3",
@@ -73,12 +79,20 @@ def test_every_glue_target_is_in_its_place() -> None:
     }
 
 
-def test_glue_in_words_reads_the_rows_of_glue_and_is_scored_by_accuracy() -> None:
-    plain = {task.name: task for task in glue.TASKS}
-    for task in glue_t5.TASKS:
-        same = plain[task.name]
+@pytest.mark.parametrize(("own", "plain"), [(glue_t5, glue), (sentences_t5, sentences)], ids=["glue", "sentences"])
+def test_a_suite_in_words_reads_the_rows_of_the_plain_one_and_is_scored_by_accuracy(own: Any, plain: Any) -> None:
+    tasks = {task.name: task for task in plain.TASKS}
+    for task in own.TASKS:
+        same = tasks[task.name]
         assert (task.parts, task.source, task.config, task.hub) == (same.parts, same.source, same.config, same.hub)
         assert (task.metric, task.metrics) == ("accuracy", ())
+
+
+def test_sentences_in_words_are_asked_as_the_study_asks_glue() -> None:
+    trec = next(task for task in sentences_t5.TASKS if task.name == "trec")
+    text, answers = trec.templates[0].ask({"text": "Where is it ?"})
+    assert text == "trec text: Where is it ?"
+    assert answers == ("ABBR", "ENTY", "DESC", "HUM", "LOC", "NUM")
 
 
 @every_task
@@ -112,6 +126,7 @@ def test_a_task_can_be_asked_in_three_ways_or_more(task: Task) -> None:
 def test_held_out_tasks_count_by_the_median_and_the_others_by_their_first_template() -> None:
     assert {suite: {task.pool for task in tasks} for suite, tasks in SUITES.items()} == {
         "glue-t5": {"first"},
+        "sentences-t5": {"first"},
         "qa7": {"first"},
         "t0-heldout": {"median"},
     }

@@ -277,12 +277,15 @@ def test_numpy_numbers_are_numbers(method: str) -> None:
     import numpy as np
 
     base, experts = family(expert_count(method))
+    numbers: dict[str, Any] = {}
     for setting in settings.settings_of(method).values():
         if setting.between is not None:
-            number = 2 if setting.type == "int" else 0.6 if setting.between.high > 0.6 else 0.2
-            expected = merge_weights(method, base, experts, **_given(setting.name, number))
-            for kind in (np.float64, np.float32, torch.tensor):
-                assert_same(merge_weights(method, base, experts, **_given(setting.name, kind(number))), expected)
+            numbers[setting.name] = 2 if setting.type == "int" else 0.6 if setting.between.high > 0.6 else 0.2
+    expected = merge_weights(method, base, experts, **numbers)
+    for kind in (np.float64, np.float32, torch.tensor):
+        given: dict[str, Any] = {name: kind(number) for name, number in numbers.items()}
+        assert settings.check(method, given, list(experts)) == settings.check(method, numbers, list(experts))
+        assert_same(merge_weights(method, base, experts, **given), expected)
 
 
 @each_method
