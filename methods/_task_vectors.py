@@ -187,21 +187,26 @@ class TaskVectors(Mapping[str, "torch.Tensor"]):
         which bounds an entry must lie; one pass counts what is above them and collects what is between. Where a bound
         was wrong, two passes count the bit patterns by their halves instead.
         """
-        return self._kth(ranks, np.positive)
+        return self._kth(ranks, None)
 
-    def _kth(self, ranks: Sequence[Sequence[int]], form: Form) -> list[list[float]]:
-        """Find them among what a function makes of each row."""
+    def _kth(self, ranks: Sequence[Sequence[int]], form: Form | None) -> list[list[float]]:
+        """Find them among what a function makes of each row, if there is one."""
         if self.numel <= _TOGETHER:
-            return self._kth_together(ranks, form)
-        bounds = self._bounds(ranks, form)
-        counts = self.gather(lambda rows: [_order.count_between(form(row), bounds[t]) for t, row in enumerate(rows)])
+            return self._kth_together(ranks, form or np.positive)
+        bounds = self._bounds(ranks, form or np.positive)
+
+        def count(rows: Array) -> list[list[_order.Between]]:
+            formed = rows if form is None else map(form, rows)  # row by row, so that what is made stays near
+            return [_order.count_between(row, wanted) for row, wanted in zip(formed, bounds, strict=True)]
+
+        counts = self.gather(count)
         found = [[math.nan] * len(self.tasks) for _ in ranks]
         for place, wanted in enumerate(ranks):
             for task, rank in enumerate(wanted):
                 parts = [unit[task][place] for unit in counts]
                 found[place][task] = _order.kth_between(parts, bounds[task][place], rank, self.numel)
         for place in (place for place, values in enumerate(found) if any(math.isnan(value) for value in values)):
-            exact = self._reach([float(rank) for rank in ranks[place]], None, form)
+            exact = self._reach([float(rank) for rank in ranks[place]], None, form or np.positive)
             pairs = zip(found[place], exact, strict=True)
             found[place] = [value if math.isnan(known) else known for known, value in pairs]
         return found
