@@ -23,9 +23,8 @@ def check_ends(
     Such a setting is recombined, so that the method sees no candidate but the winner, when it is written.
     """
     tried = [d for d in dimensions if d.setting in info.linear and d.kind != "word"]
-    if (
-        not tried or _refusal(info, fixed, tasks) is not None
-    ):  # what is refused anyway (for want of supplies) tells nothing
+    # What is refused anyway, as for want of supplies, tells nothing about a range.
+    if not tried or _refusal(info, fixed, tasks) is not None:
         return
     words = {d.setting: d.words for d in dimensions if d.kind == "word" and not d.patterns}
     chosen = [dict(zip(words, values, strict=True)) for values in itertools.product(*words.values())][:COMBINATIONS]

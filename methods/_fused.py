@@ -73,19 +73,19 @@ def elect_by_mass(rows: Array, out: Array) -> None:
 
 
 @compiled
-def agreeing_sums(rows: Array, sign: Array, sums: Array, votes: Array) -> None:
-    """Sum the entries that have the elected sign, and count them."""
+def agreeing_sums(rows: Array, sign: Array, weights: Array, sums: Array, votes: Array) -> None:
+    """Sum the entries that have the elected sign, and the weights of their rows."""
     for start in range(0, rows.shape[1], STRETCH):
         size = min(STRETCH, rows.shape[1] - start)
         elected, mass, count = sign[start : start + size], sums[start : start + size], votes[start : start + size]
         mass[:] = 0
         count[:] = 0
         for task in range(rows.shape[0]):
-            row = rows[task, start : start + size]
+            row, weight = rows[task, start : start + size], weights[task]
             for i in range(size):
                 part = row[i] * elected[i]
                 mass[i] += part if part > 0 else np.float32(0)
-                count[i] += np.float32(1) if part > 0 else np.float32(0)
+                count[i] += weight if part > 0 else np.float32(0)
         for i in range(size):
             mass[i] *= elected[i]
 

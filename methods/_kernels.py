@@ -192,16 +192,21 @@ def agreeing_mean(x: torch.Tensor, sign: torch.Tensor | None) -> torch.Tensor:
 def _agreeing_sums(x: torch.Tensor, sign: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the sum over tasks of the entries that agree, and how many there are."""
     if sign is not None and _fused.fits(x):
-        sums, votes = torch.empty_like(x[0]), torch.empty_like(x[0])
-        flat = [row.reshape(-1).numpy() for row in (sign, sums, votes)]
-        _fused.agreeing_sums(_fused.rows_of(x), *flat)
-        return sums, votes
+        return fused_sums(x, sign, [1.0] * len(x))
     sums, votes = torch.zeros_like(x[0]), torch.zeros_like(x[0])
     part = torch.empty_like(x[0])
     for row in x:
         sums += agreeing(row, sign, part)
         votes += part.sign_() if sign is not None else part.abs_().sign_()
     return sums if sign is None else sums.mul_(sign), votes
+
+
+def fused_sums(x: torch.Tensor, sign: torch.Tensor, weights: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the sum over tasks of the entries that agree, and of the tasks' weights, in one pass."""
+    sums, votes = torch.empty_like(x[0]), torch.empty_like(x[0])
+    flat = [row.reshape(-1).numpy() for row in (sign, sums, votes)]
+    _fused.agreeing_sums(_fused.rows_of(x), flat[0], np.array(weights, np.float32), *flat[1:])
+    return sums, votes
 
 
 def agreeing_largest(x: torch.Tensor, sign: torch.Tensor) -> torch.Tensor:

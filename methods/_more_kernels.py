@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import torch
 
-from mergectl.methods import _kernels
+from mergectl.methods import _fused, _kernels
 
 if TYPE_CHECKING:
     from mergectl.methods._task_vectors import TaskVectors
@@ -129,10 +129,13 @@ def _magnitudes(task: int, x: Array) -> Array:
 
 def weighted_agreeing_mean(x: torch.Tensor, weights: Sequence[float], sign: torch.Tensor | None) -> torch.Tensor:
     """Return the sum of weighted entries that agree with the sign, divided by the sum of their weights."""
-    sums, votes = torch.zeros_like(x[0]), torch.zeros_like(x[0])
-    for row, weight in zip(x, weights, strict=True):
-        part = _kernels.agreeing(row, sign)
-        sums += part
-        votes.add_(_kernels.nonzero(part), alpha=weight)
-    signed = sums if sign is None else sums.mul_(sign)
+    if sign is not None and _fused.fits(x):
+        signed, votes = _kernels.fused_sums(x, sign, weights)
+    else:
+        sums, votes = torch.zeros_like(x[0]), torch.zeros_like(x[0])
+        for row, weight in zip(x, weights, strict=True):
+            part = _kernels.agreeing(row, sign)
+            sums += part
+            votes.add_(_kernels.nonzero(part), alpha=weight)
+        signed = sums if sign is None else sums.mul_(sign)
     return signed.div_(votes.add_(1 - _kernels.nonzero(votes)))  # divided by 1 where nobody votes

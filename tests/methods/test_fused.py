@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergectl.methods import _competition, _fused, _kernels, emr
+from mergectl.methods import _competition, _fused, _kernels, _more_kernels, emr
 from mergectl.methods._task_vectors import TaskVectors
 
 # Longer than a stretch; few values, so that there are draws and zeros, or any.
@@ -55,6 +55,14 @@ def test_agreeing_entries_have_the_same_sum_and_mean(
     rows = torch.from_numpy(x)
     sign = _kernels.elect_by_mass(rows.flip(1))
     assert_same(lambda: (combine(rows, sign),))
+
+
+@settings(deadline=None, max_examples=20)
+@given(STACKS, st.lists(st.sampled_from([1.0, 0.4, 2.5, -1.0]), min_size=5, max_size=5))
+def test_weighted_entries_that_agree_have_the_same_mean(x: np.ndarray, weights: list[float]) -> None:
+    rows = torch.from_numpy(x)
+    sign = _kernels.elect_by_mass(rows)
+    assert_same(lambda: (_more_kernels.weighted_agreeing_mean(rows, weights[: len(x)], sign),))
 
 
 @settings(deadline=None, max_examples=20)
