@@ -8,7 +8,7 @@ import hypothesis.extra.numpy as arrays
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mergectl.methods import _competition, _fused, _kernels, _more_kernels, emr
@@ -22,6 +22,9 @@ STACKS = st.tuples(st.integers(1, 5), st.sampled_from([1, _fused.STRETCH, _fused
         lambda numbers: arrays.arrays(np.float32, shape, elements=numbers, fill=numbers)
     )
 )
+
+
+DRAWN = np.array([[1.0, 0.0, -2.0, 0.5], [-1.0, 0.0, 2.0, -0.25]], np.float32)  # opposite entries, and zeros
 
 
 def both(work: Callable[[], object]) -> tuple[object, object]:
@@ -43,6 +46,7 @@ def assert_same(work: Callable[[], tuple[torch.Tensor, ...]]) -> None:
 
 @settings(deadline=None, max_examples=20)
 @given(STACKS)
+@example(DRAWN)
 def test_the_elected_sign_is_the_same(x: np.ndarray) -> None:
     assert_same(lambda: (_kernels.elect_by_mass(torch.from_numpy(x)),))
 
@@ -67,6 +71,7 @@ def test_weighted_entries_that_agree_have_the_same_mean(x: np.ndarray, weights: 
 
 @settings(deadline=None, max_examples=20)
 @given(STACKS)
+@example(DRAWN)
 def test_unified_vector_and_masks_are_the_same_and_sums_as_good(x: np.ndarray) -> None:
     rows = torch.from_numpy(x)
     assert_same(lambda: emr.united(rows)[:2])
