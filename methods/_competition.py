@@ -182,7 +182,8 @@ def published(vectors: TaskVectors, rules: Rules) -> Contest:
 
 def average(values: torch.Tensor, shares: torch.Tensor, scales: Sequence[float], floor: float) -> torch.Tensor:
     """Return the sum over tasks of scale * share * value, divided by the sum of shares or, if larger, the floor."""
-    top = _kernels.weighted_total(values.double().mul_(shares), scales)
+    wide = values.double().mul_(shares)
+    top = _kernels.total(wide.mul_(_kernels.column(scales, wide)))  # two roundings, as in the compiled loop
     return top.div_(_kernels.total(shares).clamp_(min=floor)).to(values.dtype)
 
 

@@ -1,9 +1,8 @@
 """Loops over very many numbers, compiled when they are first used: one pass where tensor operations take ten.
 
 Each gives what tensor operations in `_kernels`, `_competition` and `emr` give, which serve small weights and other
-devices: the same float32 numbers, but for what rounding leaves of float64 sums that cancel. Rows are [task, elements]
-of float32 in main memory. A loop goes through stretches that stay in the processor's nearest cache, task by task, so
-that the compiler can use the widest registers.
+devices: the same float32 numbers. Rows are [task, elements] of float32 in main memory. A loop goes through stretches
+that stay in the processor's nearest cache, task by task, so that the compiler can use the widest registers.
 """
 
 from __future__ import annotations
