@@ -67,7 +67,8 @@ class Inputs:
         self.blocks: dict[str, Block] = {}
         self.unchanged = set(self.tasks)
         self.room: Room = _fresh  # where what is read is put
-        self._seen: set[str] = set()
+        self._seen: set[str] = set()  # weights that were checked
+        self._unchecked: set[str] = set()
         self._last = threading.local()  # the base's weight that a thread read last
         self._readers = {id(model): BlockReader(model) for model in self._models()}
         for task, expert in experts.items():
@@ -116,19 +117,45 @@ class Inputs:
 
     def weights(self, name: str) -> torch.Tensor:
         """Read one weight of all experts: [task, *shape]."""
+        result = self._stacked(name, [self._get(expert, name) for expert in self.experts.values()])
+        self._check(name, result)
+        return result
+
+    def lent_weights(self, name: str) -> Sequence[torch.Tensor]:
+        """Do what `weights` does, without a copy where that can be, and leave the check to `check_result`."""
         import torch
 
-        double = any(is_double(model, self._weight(name)) for model in self.experts.values())
-        shape = (len(self.tasks), *self.shapes[name])
-        result = self.room("weights", shape, torch.float64 if double else torch.float32, self.device)
-        for row, expert in zip(result, self.experts.values(), strict=True):
-            row.copy_(self._get(expert, name))
-        if name not in self._seen:
-            self._check(name, result, None)
+        stored = [self._get(expert, name) for expert in self.experts.values()]
+        single = all(row.dtype == torch.float32 for row in stored)
+        rows = stored if single else list(self._stacked(name, stored))
+        if name not in self._unchecked:
+            self._compare(name, rows)
+            self._unchecked.add(name)
+        return rows
+
+    def _stacked(self, name: str, rows: Sequence[torch.Tensor]) -> torch.Tensor:
+        import torch
+
+        dtype = torch.float64 if any(row.dtype == torch.float64 for row in rows) else torch.float32
+        result = self.room("weights", (len(rows), *self.shapes[name]), dtype, self.device)
+        for copy, row in zip(result, rows, strict=True):
+            copy.copy_(row)
         return result
 
     def deltas(self, name: str) -> torch.Tensor:
         """Read one weight of all task vectors in float32: [task, *shape]."""
+        result = self._deltas(name)
+        self._check(name, result, result)
+        return result
+
+    def lent_deltas(self, name: str) -> torch.Tensor:
+        """Do what `deltas` does, and leave the check to `check_result`."""
+        result = self._deltas(name)
+        self._note_changed(result)
+        self._unchecked.add(name)
+        return result
+
+    def _deltas(self, name: str) -> torch.Tensor:
         import torch
 
         base = self.base_weight(name)
@@ -141,24 +168,41 @@ class Inputs:
                 delta.copy_(stored.double() - base)
             else:
                 delta.copy_(stored).sub_(base)
-        if name not in self._seen:
-            self._check(name, result, result)
         return result
 
     def _weight(self, name: str) -> str:
         return self.blocks[name].weight if name in self.blocks else name
 
-    def _check(self, name: str, rows: torch.Tensor, deltas: torch.Tensor | None) -> None:
+    def _check(self, name: str, rows: torch.Tensor, deltas: torch.Tensor | None = None) -> None:
         """The first time a weight is read: refuse what is not finite, and note who is unchanged."""
-        if not math.isfinite(float(rows.sum())):  # a sum of finite numbers may overflow, so look again
+        if name in self._seen:
+            return
+        if not _finite_sum(rows):  # a sum of finite numbers may overflow, so look again
             self._refuse_infinite(name)
-        if self.base is not None and deltas is None and not math.isfinite(float(self.base_weight(name).sum())):
-            self._refuse_infinite(name)
-        if self.base is not None and rows.numel():
-            for task, row in zip(self.tasks, rows if deltas is None else deltas, strict=True):
-                if task in self.unchanged and bool((row - self.base_weight(name) if deltas is None else row).any()):
-                    self.unchanged.discard(task)
+        if deltas is None:
+            self._compare(name, rows)
+        else:
+            self._note_changed(deltas)
         self._seen.add(name)
+
+    def _compare(self, name: str, rows: Sequence[torch.Tensor] | torch.Tensor) -> None:
+        """Look at the base beside the experts' weights."""
+        if self.base is None:
+            return
+        base = self.base_weight(name)
+        if not _finite_sum(base):
+            self._refuse_infinite(name)
+        self._note_changed(rows, base)
+
+    def _note_changed(self, rows: Sequence[torch.Tensor] | torch.Tensor, base: torch.Tensor | None = None) -> None:
+        for task, row in zip(self.tasks, rows, strict=True):
+            if task in self.unchanged and bool((row if base is None else row - base).any()):
+                self.unchanged.discard(task)
+
+    def check_result(self, name: str, result: torch.Tensor) -> None:
+        """Refuse a sum of rows that were lent unchecked where one of them is not finite: then the sum is not."""
+        if name in self._unchecked and not _finite_sum(result):
+            self._refuse_infinite(name)
 
     def _refuse_infinite(self, name: str) -> None:
         """Name the model that holds NaN or infinite numbers, if there is one."""
@@ -173,6 +217,10 @@ class Inputs:
 def is_double(weights: Any, name: str) -> bool:
     """Say whether a weight is stored in float64."""
     return str(dtype_of(weights, name)).upper() in ("F64", "TORCH.FLOAT64")
+
+
+def _finite_sum(x: torch.Tensor) -> bool:
+    return math.isfinite(float(x.sum()))
 
 
 def _is_finite(x: torch.Tensor) -> bool:

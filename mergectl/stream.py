@@ -155,6 +155,7 @@ class Stream:
             weight = self._added(self.inputs.base_weight(name), merged)
         else:  # a view may be of memory that the next weight is read into
             weight = merged.clone() if merged._is_view() else merged
+        self.inputs.check_result(name, weight)
         delta, kept = (merged.cpu(), masks[0].cpu()) if masks else (None, None)
         if name not in self.inputs.blocks:
             return Piece(name, weight.cpu(), delta, kept)
@@ -208,7 +209,7 @@ class Stream:
 
         shapes = {name: self.inputs.shapes[name] for name in names}
         lab = {"wholes": self.inputs.wholes(names), "spread": pool.map, "finish": finish}
-        vectors = TaskVectors(self.inputs.tasks, shapes, self.inputs.deltas, **lab)
+        vectors = TaskVectors(self.inputs.tasks, shapes, self.inputs.deltas, lend=self.inputs.lent_deltas, **lab)
         for place, step in enumerate(refinements):
             supplied = self._supplied(step, vectors, refinements[:place], stream=place)
             vectors = settings.function_of(step.name)(**supplied, **step.settings)
@@ -218,9 +219,10 @@ class Stream:
         """Return what a step asks for, as far as there is any; the steps before it have refined the vectors."""
         inputs, have_base = self.inputs, self.inputs.base is not None
         weights = (lambda name: inputs.base_weight(name) + vectors[name]) if before else inputs.weights
+        lend = None if before else inputs.lent_weights
         offers: dict[str, Any] = {
             "task_vectors": vectors if have_base else None,
-            "experts": vectors.reading(weights),
+            "experts": vectors.reading(weights, lend=lend),
             "base": vectors.reading(inputs.base_weight, ("base",)) if have_base else None,
             "rng": generators(self.recipe.seed, stream),
             **{name: self.supplies.get(name) for name in GIVEN},

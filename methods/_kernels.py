@@ -45,7 +45,7 @@ def total(x: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def weighted_total(x: torch.Tensor, weights: Sequence[float]) -> torch.Tensor:
+def weighted_total(x: torch.Tensor | Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
     """Return the sum over tasks of each task's row times its weight."""
     result = x[0] * weights[0]
     for row, weight in zip(x[1:], weights[1:], strict=True):
@@ -53,7 +53,7 @@ def weighted_total(x: torch.Tensor, weights: Sequence[float]) -> torch.Tensor:
     return result
 
 
-def mean(x: torch.Tensor) -> torch.Tensor:
+def mean(x: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
     """Return the mean over tasks; that of copies is the copy bit for bit, that of two is rounded once."""
     if len(x) == 1:
         return x[0].clone()

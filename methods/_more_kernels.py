@@ -5,8 +5,9 @@ Sums over a weight run in NumPy in float64, so that they do not depend on the nu
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -16,9 +17,12 @@ import torch
 from mergectl.methods import _fused, _kernels
 
 if TYPE_CHECKING:
-    from mergectl.methods._task_vectors import TaskVectors
+    from mergectl.methods._contract import Weights
+    from mergectl.methods._task_vectors import Rows, TaskVectors
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
+
+_TOGETHER = 1 << 24  # elements of weights whose inner products are taken in one go
 
 
 def norm(row: Array) -> Array:
@@ -50,9 +54,20 @@ def arc(dot: Array, a: Array, b: Array, t: float) -> tuple[Array, Array]:
     return from_a, from_b
 
 
-def combine(factors: Sequence[float], name: str, x: torch.Tensor) -> torch.Tensor:
-    """Return the sum over tasks of factor times row: what `TaskVectors.each` calls with the first argument bound."""
-    return _kernels.weighted_total(x, factors)
+def blend(
+    vectors: TaskVectors, factors: Callable[[Array], Sequence[float]], base: Weights | None = None
+) -> Iterator[Any]:
+    """Yield for each weight its rows times the factors that a function makes of their inner products, on a base."""
+    for part in vectors.by_weight(_TOGETHER):
+        made = {weight: factors(products) for weight, products in part.products_by_weight().items()}
+        yield from part.each_sum(functools.partial(_blended, made, part, base))
+
+
+def _blended(
+    made: Mapping[str, Sequence[float]], part: TaskVectors, base: Weights | None, name: str, rows: Rows
+) -> torch.Tensor:
+    result = _kernels.weighted_total(rows, made[part.weight_of(name)[0]])
+    return result if base is None else base[name] + result
 
 
 def shares(weights: Sequence[float]) -> list[float] | None:

@@ -16,9 +16,11 @@ import torch
 from mergectl.methods import _order
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
+Rows: TypeAlias = "Sequence[torch.Tensor] | torch.Tensor"  # one per task
 Form: TypeAlias = "np.ufunc"  # of rows of numbers: makes that of which the order is asked
 
 _CHUNK = 1 << 17  # elements summed at once: a sum is the same whether weights come whole or in blocks
+_NEAR = 1 << 16  # elements whose inner products are taken at once: in float64 two rows stay near the processor
 _TOGETHER = 1 << 22  # elements per task that are looked at together, for the order of their magnitudes
 _SAMPLED = 1 << 21  # elements per task that a sample has at least: it decides how many have to be looked at
 
@@ -41,18 +43,21 @@ class TaskVectors(Mapping[str, "torch.Tensor"]):
         shapes: Mapping[str, Sequence[int]],
         read: Callable[[str], torch.Tensor],
         *,
+        lend: Callable[[str], Rows] | None = None,
         wholes: Mapping[str, tuple[str, int]] | None = None,
         spread: Callable[..., Iterable[Any]] = map,
         finish: Callable[[str, Any], Any] | None = None,
     ) -> None:
         """Take the tasks in order, the shape of every weight, and a function that reads one weight.
 
-        From the lab: `wholes`, the weight and its number of elements for each name that stands for a block; `spread`,
-        a `map` that works in several threads; `finish`, what becomes of a result at once, in the thread it was made in.
+        From the lab: `lend`, which reads a weight's rows where they lie, unchecked; `wholes`, the weight and its number
+        of elements for each name that stands for a block; `spread`, a `map` that works in several threads; `finish`,
+        what becomes of a result at once, in the thread it was made in.
         """
         self.tasks = tuple(tasks)
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
-        self._read, self._wholes, self._spread, self._finish = read, wholes or {}, spread, finish
+        self._read, self._lend = read, lend or read
+        self._wholes, self._spread, self._finish = wholes or {}, spread, finish
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """Read one weight."""
@@ -81,29 +86,46 @@ class TaskVectors(Mapping[str, "torch.Tensor"]):
         """Return the name and the number of elements of the whole weight that a name belongs to."""
         return self._wholes.get(name) or (name, math.prod(self.shapes[name]))
 
-    def _with(self, shapes: Mapping[str, Sequence[int]], read: Callable[[str], torch.Tensor]) -> TaskVectors:
-        return TaskVectors(
-            self.tasks, shapes, read, wholes=self._wholes, spread=self._spread, finish=self._finish
-        )  # fmt: skip
+    def _with(
+        self,
+        shapes: Mapping[str, Sequence[int]],
+        read: Callable[[str], torch.Tensor],
+        lend: Callable[[str], Rows] | None = None,
+    ) -> TaskVectors:
+        lab = {"wholes": self._wholes, "spread": self._spread, "finish": self._finish}
+        return TaskVectors(self.tasks, shapes, read, lend=lend, **lab)  # type: ignore[arg-type]
 
     def only(self, names: Iterable[str]) -> TaskVectors:
         """Return the same vectors restricted to some weights."""
-        return self._with({name: self.shapes[name] for name in names}, self._read)
+        return self._with({name: self.shapes[name] for name in names}, self._read, self._lend)
 
-    def by_weight(self) -> Iterator[TaskVectors]:
-        """Go through the weights: each as vectors of its own, in its blocks."""
-        units: dict[str, list[str]] = {}
+    def by_weight(self, together: int = 1) -> Iterator[TaskVectors]:
+        """Go through the weights: each as vectors of its own, in its blocks; or as many as have so many elements."""
+        names: list[str] = []
+        count, last = 0, ""
         for name in self:
-            units.setdefault(self.weight_of(name)[0], []).append(name)
-        return (self.only(names) for names in units.values())
+            weight, size = self.weight_of(name)
+            if weight != last and count >= together:
+                yield self.only(names)
+                names, count = [], 0
+            count += size if weight != last else 0
+            names.append(name)
+            last = weight
+        if names:
+            yield self.only(names)
 
     def map(self, change: Callable[[str, torch.Tensor], torch.Tensor]) -> TaskVectors:
         """Return vectors changed weight by weight as they are read."""
         return self._with(self.shapes, lambda name: change(name, self._read(name)))
 
-    def reading(self, read: Callable[[str], torch.Tensor], tasks: Sequence[str] | None = None) -> TaskVectors:
+    def reading(
+        self,
+        read: Callable[[str], torch.Tensor],
+        tasks: Sequence[str] | None = None,
+        lend: Callable[[str], Rows] | None = None,
+    ) -> TaskVectors:
         """Return vectors of the same names and shapes that are read otherwise."""
-        found = self._with(self.shapes, read)
+        found = self._with(self.shapes, read, lend)
         found.tasks = self.tasks if tasks is None else tuple(tasks)
         return found
 
@@ -117,9 +139,18 @@ class TaskVectors(Mapping[str, "torch.Tensor"]):
         Several threads work at once: the function may read what is outside it, but changes nothing there. What it is
         given is lent to it: the next weight is read into the same memory.
         """
+        return self._each(function, self._read)
 
+    def each_sum(self, function: Callable[[str, Rows], torch.Tensor]) -> Iterator[Any]:
+        """Do what `each` does, for a function that adds up the rows: it is given them where they lie, not stacked.
+
+        The lab looks at the sum for what is not finite, instead of at every row.
+        """
+        return self._each(function, self._lend)
+
+    def _each(self, function: Callable[[str, Any], Any], read: Callable[[str], Any]) -> Iterator[Any]:
         def work(name: str) -> Any:
-            result = function(name, self._read(name))
+            result = function(name, read(name))
             return result if self._finish is None else self._finish(name, result)
 
         names = list(self)
@@ -153,18 +184,30 @@ class TaskVectors(Mapping[str, "torch.Tensor"]):
 
     def products(self) -> Array:
         """Return the inner products of all pairs of tasks over all weights, [task, task] in float64."""
-        count = len(self.tasks)
-        pairs = [(i, j) for i in range(count) for j in range(i, count)]
+        found = [part for parts in self._spread(self._products, list(self)) for part in parts]
+        return _added(found, len(self.tasks))
 
-        def parts(rows: Array) -> list[list[float]]:
-            wide = [part.astype(np.float64) for part in chunks(rows)]
-            return [[float((part[i] * part[j]).sum()) for part in wide] for i, j in pairs]
+    def products_by_weight(self) -> dict[str, Array]:
+        """Return those of each weight."""
+        found: dict[str, list[list[list[float]]]] = {}
+        for name, parts in zip(self, self._spread(self._products, list(self)), strict=True):
+            found.setdefault(self.weight_of(name)[0], []).extend(parts)
+        return {weight: _added(parts, len(self.tasks)) for weight, parts in found.items()}
 
-        found = self.gather(parts)
-        result = np.zeros((count, count))
-        for place, (i, j) in enumerate(pairs):
-            result[i, j] = result[j, i] = math.fsum(x for unit in found for x in unit[place])
-        return result
+    def _products(self, name: str) -> list[list[list[float]]]:
+        """Return the inner products within each stretch of a weight."""
+        rows = [row.detach().reshape(-1) for row in self._lend(name)]
+        count = len(rows[0])
+        wide = torch.empty((len(rows), min(_NEAR, count)), dtype=torch.float64, device=rows[0].device)
+        found = []
+        for start in range(0, count, _NEAR):
+            part = wide[:, : min(_NEAR, count - start)]
+            for copy, row in zip(part, rows, strict=True):
+                copy.copy_(row[start : start + _NEAR])
+            found.append((part @ part.T).tolist())
+        if not np.isfinite(found).all():
+            self._read(name)  # says which model holds what is not finite
+        return found
 
     def means_and_deviations(self) -> tuple[list[float], list[float]]:
         """Return each task's mean and (unbiased) standard deviation over all elements."""
@@ -281,3 +324,12 @@ class TaskVectors(Mapping[str, "torch.Tensor"]):
 def chunks(row: Array) -> Iterator[Array]:
     """Cut the last dimension into parts of bounded size."""
     return (row[..., start : start + _CHUNK] for start in range(0, row.shape[-1], _CHUNK))
+
+
+def _added(parts: Sequence[Sequence[Sequence[float]]], tasks: int) -> Array:
+    """Return the sum of matrices, exactly rounded, so that their order does not matter; the same on both sides."""
+    result = np.zeros((tasks, tasks))
+    for i in range(tasks):
+        for j in range(i, tasks):
+            result[i, j] = result[j, i] = math.fsum(part[i][j] for part in parts)
+    return result

@@ -81,7 +81,7 @@ def merge(
     device = _adapting.device_of(entropy)
     chosen = vectors.only(name for name in vectors if PARAMETERS[parameters](name, vision))
     rows = chosen.survey(lambda name, x: _blend.Dense(_blend.held(vectors, name, x, hold, device)))
-    origin = {name: base[name].float().to(device, copy=True) for name in task_vectors}
+    origin = {name: base[name].float().to(device) for name in task_vectors}
     rules, scales = _blend.Rules(CLAMP if clamp else None, normalize), per_task(scale, len(task_vectors.tasks))
     groups = {name: GROUPS[granularity](name) for name in chosen}
     blend = _blend.Blend(task_vectors, origin, dict(zip(chosen, rows, strict=True)), rules, scales, {}, groups)

@@ -129,7 +129,7 @@ class Outset:
         ranks = {name: part for name, part in parts.items() if isinstance(part, _masked_ranks.Ranks)}
         logits = {name: kit.logits(name, part, kept, pruned) for name, part in ranks.items()}
         origin = {n: base[n] if shift is None else base[n] + shift(n, task_vectors[n]) for n in task_vectors}
-        origin = {name: x.float().to(device, copy=True) for name, x in origin.items()}
+        origin = {name: x.float().to(device) for name, x in origin.items()}  # the base's own may be mapped from disk
         scales = [begin.scale if self.scale is None else self.scale] * tasks
         return _blend.Blend(task_vectors, origin, parts, rules, scales, logits)
 

@@ -26,14 +26,18 @@ from mergectl.methods._contract import Between, Merged, MethodError, OneOf, PerT
 if TYPE_CHECKING:
     import torch
 
-    from mergectl.methods._task_vectors import TaskVectors
+    from mergectl.methods._task_vectors import Rows, TaskVectors
 
 BLOCKS = True  # element by element: the lab may hand over weights in blocks
 TITLE = "Weight averaging (model soups)"
 PAPER = "arXiv:2203.05482"
 NEUTRAL = {"combine": "mean"}
 
-COMBINE = {"mean": _kernels.mean, "median": _kernels.lower_median, "magnitude": _kernels.largest}
+COMBINE: dict[str, Callable[..., torch.Tensor]] = {
+    "mean": _kernels.mean,
+    "median": _kernels.lower_median,
+    "magnitude": _kernels.largest,
+}
 
 
 def merge(
@@ -49,13 +53,14 @@ def merge(
     """Yield for each weight the experts' mean, lower median or largest entry."""
     combined = weighted_mean(_kernels.per_task(weight, len(experts.tasks)), normalize, combine)
     if on == "weights":
-        return experts.each(lambda name, x: combined(x))
+        over = experts.each_sum if combine == "mean" else experts.each
+        return over(lambda name, x: combined(x))
     if task_vectors is None or base is None:
         raise MethodError("average with on=deltas needs the base the experts came from. Give one, or use on=weights.")
     return task_vectors.each(lambda name, x: base[name] + combined(x))
 
 
-def weighted_mean(weights: Sequence[float], normalize: bool, combine: str) -> Callable[[torch.Tensor], torch.Tensor]:
+def weighted_mean(weights: Sequence[float], normalize: bool, combine: str) -> Callable[[Rows], torch.Tensor]:
     """Return the function over the experts: one of the table, or for unequal weights the weighted mean."""
     if len(set(weights)) == 1 and weights[0] != 0 and normalize:
         return COMBINE[combine]

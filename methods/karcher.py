@@ -12,7 +12,6 @@ All experts count alike. A zero weight has no direction, but its length 0 counts
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import TYPE_CHECKING, Annotated
 
@@ -38,8 +37,7 @@ def merge(
     tol: Annotated[float, Between(0.0, 1.0, search=(1e-8, 1e-3)), "a step this short, or an angle, is the last"] = 1e-5,
 ) -> Merged:
     """Yield for each weight the mean direction at the mean length."""
-    for part in experts.by_weight():
-        yield from part.each(functools.partial(_more_kernels.combine, mean(part.products(), max_iter, tol)))
+    return _more_kernels.blend(experts, lambda products: mean(products, max_iter, tol))
 
 
 def mean(products: Array, max_iter: int, tol: float) -> list[float]:

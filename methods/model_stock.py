@@ -14,7 +14,6 @@ taken, or with mean=angles the cosine of the mean angle. A task vector of length
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from typing import TYPE_CHECKING, Annotated
@@ -60,12 +59,16 @@ def merge(
 ) -> Merged:
     """Yield for each weight the mean task vector times a ratio found from the angles."""
     limit = (0.0, 1.0) if clamp else (-math.inf, math.inf)
-    for part in task_vectors.by_weight():
-        if filter_wise:
-            yield from part.each(lambda name, x: by_filter(x, mean, limit))
-        else:
-            t = float(ratio(_pairs(_more_kernels.cosines(part.products())), len(part.tasks), mean).clip(*limit))
-            yield from part.each(functools.partial(_more_kernels.combine, [t / len(part.tasks)] * len(part.tasks)))
+    if filter_wise:
+        return task_vectors.each(lambda name, x: by_filter(x, mean, limit))
+    return _more_kernels.blend(task_vectors, lambda products: by_angles(products, mean, limit))
+
+
+def by_angles(products: Array, mean: str, limit: tuple[float, float]) -> list[float]:
+    """Return each task's factor in the mean task vector times the ratio."""
+    count = len(products)
+    t = float(ratio(_pairs(_more_kernels.cosines(products)), count, mean).clip(*limit))
+    return [t / count] * count
 
 
 def by_filter(x: torch.Tensor, mean: str, limit: tuple[float, float]) -> torch.Tensor:

@@ -16,7 +16,6 @@ Directions that cancel out have no mean: then the weighted mean of the weights t
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
@@ -27,8 +26,6 @@ from mergectl.methods import _kernels, _more_kernels
 from mergectl.methods._contract import Between, Merged, MethodError, OneOf, PerTask, Weights
 
 if TYPE_CHECKING:
-    import torch
-
     from mergectl.methods._more_kernels import Array
     from mergectl.methods._task_vectors import TaskVectors
 
@@ -57,17 +54,7 @@ def merge(
             "multislerp with on=deltas needs the base the experts came from. Give one, or use on=weights."
         )
     vectors = experts if on == "weights" or task_vectors is None else task_vectors
-    for part in vectors.by_weight():
-        factors = blended(part.products(), weights)
-        if on == "weights" or base is None:
-            yield from part.each(functools.partial(_more_kernels.combine, factors))
-        else:
-            yield from part.each(functools.partial(on_base, base, factors))
-
-
-def on_base(base: Weights, factors: Sequence[float], name: str, x: torch.Tensor) -> torch.Tensor:
-    """Return the base plus the combined task vectors."""
-    return base[name] + _kernels.weighted_total(x, factors)
+    return _more_kernels.blend(vectors, lambda products: blended(products, weights), base if on == "deltas" else None)
 
 
 def blended(products: Array, weights: Sequence[float]) -> list[float]:

@@ -13,9 +13,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, TypeAlias
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import torch
@@ -24,6 +22,7 @@ from mergectl.methods import _kernels, _more_kernels
 from mergectl.methods._contract import Between, Merged, MethodError, OneOf, PerTask, Weights
 
 if TYPE_CHECKING:
+    from mergectl.methods._more_kernels import Array
     from mergectl.methods._task_vectors import TaskVectors
 
 TITLE = "NuSLERP"
@@ -31,8 +30,6 @@ PAPER = "github.com/arcee-ai/mergekit"
 NEUTRAL: dict[str, float] = {}
 EXPERTS = (2, 2)
 BLOCKS = {"along": {"tensor": "elements", "last": "rows"}}  # a block of elements, or of rows, is enough
-
-Turn: TypeAlias = "Callable[[torch.Tensor], torch.Tensor]"
 
 
 def merge(
@@ -53,26 +50,22 @@ def merge(
     if on == "deltas" and (task_vectors is None or base is None):
         raise MethodError("nuslerp with on=deltas needs the base the experts came from. Give one, or use on=weights.")
     vectors = experts if on == "weights" or task_vectors is None else task_vectors
-    for part in vectors.by_weight():
-        turn = turned(part, shares[1], along)
-        yield from part.each(functools.partial(placed, turn, None if on == "weights" else base))
+    below, t = None if on == "weights" else base, shares[1]
+    if along == "tensor" and t not in (0.0, 1.0):
+        return _more_kernels.blend(vectors, lambda products: arc(products, t), below)
+    dim = -1 if along == "last" else 0
+
+    def placed(name: str, x: torch.Tensor) -> torch.Tensor:
+        turned = x[int(t)] if t in (0.0, 1.0) else by_vector(x, t, dim)
+        return turned if below is None else below[name] + turned
+
+    return vectors.each(placed)
 
 
-def placed(turn: Turn, base: Weights | None, name: str, x: torch.Tensor) -> torch.Tensor:
-    """Return what was turned, on the base where it is a task vector."""
-    return turn(x) if base is None else base[name] + turn(x)
-
-
-def turned(part: TaskVectors, t: float, along: str) -> Turn:
-    """Return the function that gives the point at share t from the first to the second of [2, *shape]."""
-    if t in (0.0, 1.0):
-        return lambda x: x[int(t)]
-    if along != "tensor":
-        return functools.partial(by_vector, t=t, dim=-1 if along == "last" else 0)
-    products = part.products()
+def arc(products: Array, t: float) -> list[float]:
+    """Return the factors of both ends for the point at share t from the first to the second."""
     lengths = np.sqrt(np.diag(products))
-    factors = [float(f) for f in _more_kernels.arc(products[0, 1], lengths[0], lengths[1], t)]
-    return functools.partial(_kernels.weighted_total, weights=factors)
+    return [float(f) for f in _more_kernels.arc(products[0, 1], lengths[0], lengths[1], t)]
 
 
 def by_vector(x: torch.Tensor, t: float, dim: int) -> torch.Tensor:

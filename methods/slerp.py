@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import TYPE_CHECKING, Annotated
 
@@ -34,11 +33,9 @@ def merge(
     t: Annotated[float, Between(0.0, 1.0), "place between the first expert (0) and the second (1)"] = 0.5,
 ) -> Merged:
     """Yield for each weight the point at share t of the arc from the first expert to the second."""
-    for part in experts.by_weight():
-        if t in (0.0, 1.0):
-            yield from part.each(lambda name, x: x[round(t)])
-        else:
-            yield from part.each(functools.partial(_more_kernels.combine, arc(part.products(), t)))
+    if t in (0.0, 1.0):
+        return experts.each(lambda name, x: x[round(t)])
+    return _more_kernels.blend(experts, lambda products: arc(products, t))
 
 
 def arc(products: Array, t: float) -> list[float]:

@@ -34,4 +34,4 @@ def merge(
 ) -> Merged:
     """Yield for each weight the scaled sum of the task vectors."""
     scales = _kernels.per_task(scale, len(task_vectors.tasks))
-    return task_vectors.each(lambda name, x: _kernels.weighted_total(x, scales))
+    return task_vectors.each_sum(lambda name, rows: _kernels.weighted_total(rows, scales))
