@@ -123,24 +123,56 @@ def unify(rows: Array, unified: Array, masks: Array, own: Array, left: Array) ->
 
 
 @compiled
+def between(row: Array, low: np.float32, high: np.float32, magnitudes: bool, out: Array) -> tuple[int, int]:
+    """Count the entries, or magnitudes, from `high` on; collect and count those strictly between the bounds."""
+    mask = np.zeros(STRETCH, np.uint8)
+    words = mask.view(np.uint64)  # eight entries at a time are passed over
+    above, found = 0, 0
+    for start in range(0, row.shape[0], STRETCH):
+        part = row[start : start + STRETCH]
+        size, count = part.shape[0], np.int32(0)  # a short count keeps the registers full
+        mask[size:] = 0
+        if magnitudes:
+            for i in range(size):
+                mask[i] = (abs(part[i]) > low) & (abs(part[i]) < high)
+                count += np.int32(abs(part[i]) >= high)
+        else:
+            for i in range(size):
+                mask[i] = (part[i] > low) & (part[i] < high)
+                count += np.int32(part[i] >= high)
+        above += int(count)
+        for word in range(STRETCH // 8):
+            if words[word] != 0:
+                for i in range(8 * word, 8 * word + 8):
+                    if mask[i] != 0:
+                        out[found] = abs(part[i]) if magnitudes else part[i]
+                        found += 1
+    return above, found
+
+
+@compiled
 def exponents(rows: Array, lows: Array, highs: Array, ranked: bool, inter: Array, intra: Array) -> None:
     """Give each entry times the sum over rows, and n (u^2 - 1), u the magnitude from 0 at a low to 1 at a high bound.
 
     With `ranked` the sum is that of signed u.
     """
-    sums, power = np.empty(STRETCH, np.float64), np.float32(rows.shape[0])
+    sums, signed, power = np.empty(STRETCH, np.float64), np.empty(STRETCH, np.float32), np.float32(rows.shape[0])
     for start in range(0, rows.shape[1], STRETCH):
         size = min(STRETCH, rows.shape[1] - start)
         sums[:size] = 0
         for task in range(rows.shape[0]):
             row, heat = rows[task, start : start + size], intra[task, start : start + size]
             low, high = lows[task], highs[task]
-            span, flat = high - low, not high > low
+            span, top = (high - low, high) if high > low else (np.float32(1), low)  # equal bounds: u = 0
             for i in range(size):
-                u = np.float32(0) if flat else (min(max(abs(row[i]), low), high) - low) / span
-                signed = (u if row[i] > 0 else np.float32(0)) - (u if row[i] < 0 else np.float32(0))
-                sums[i] += signed if ranked else row[i]
+                clipped = max(abs(row[i]), low)
+                clipped = top if clipped > top else clipped
+                u = (clipped - low) / span
+                signed[i] = (u if row[i] > 0 else np.float32(0)) - (u if row[i] < 0 else np.float32(0))
                 heat[i] = (u * u - np.float32(1)) * power
+            counted = signed if ranked else row
+            for i in range(size):
+                sums[i] += counted[i]
         for task in range(rows.shape[0]):
             row, pull = rows[task, start : start + size], inter[task, start : start + size]
             for i in range(size):

@@ -8,16 +8,16 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
+from mergectl.methods import _fused
+
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
 
 class Between(NamedTuple):
-    """The entries between two bounds, and how many are above both, at the upper and at the lower one."""
+    """The entries between two bounds, and how many are at the upper one or above."""
 
     inside: Array
     above: int
-    upper: int
-    lower: int
 
 
 _TOP = 1 << 31
@@ -49,30 +49,32 @@ def bounds(sample: Array, rank: int, count: int) -> tuple[float, float]:
     )
 
 
-def count_between(row: Array, wanted: Sequence[tuple[float, float]]) -> list[Between]:
-    """Count and collect for each pair of bounds; entries at a bound are only counted: there may be very many zeros."""
-    found = []
-    for low, high in wanted:
-        above, from_upper = int(np.count_nonzero(row > high)), int(np.count_nonzero(row >= high))
-        inside = row[np.flatnonzero((row > low) & (row < high))]
-        lower = int(np.count_nonzero(row >= low)) - from_upper - len(inside)
-        found.append(Between(inside, above, from_upper - above, lower))
-    return found
+def between(row: Array, low: float, high: float, magnitudes: bool) -> Between:
+    """Count and collect, of entries or of magnitudes; those at a bound are not collected: there may be very many zeros.
+
+    The bounds are float32 numbers.
+    """
+    if len(row) >= _fused.LEAST:
+        room = np.empty(len(row), np.float32)
+        above, inside = _fused.between(row, np.float32(low), np.float32(high), magnitudes, room)
+        return Between(room[:inside].copy(), above)
+    formed = np.abs(row) if magnitudes else row
+    return Between(formed[(formed > low) & (formed < high)], int(np.count_nonzero(formed >= high)))
 
 
-def kth_between(parts: Sequence[Between], bound: tuple[float, float], rank: int, count: int) -> float:
-    """Return the k-th largest entry if it lies within the bounds, else NaN."""
+def kth_between(parts: Sequence[Between], rank: int, count: int) -> float:
+    """Return the k-th largest entry if it lies between the bounds, else NaN."""
     special = _special(rank, count)
     if special is not None:
         return special
-    upper = sum(part.upper for part in parts)
     inside = np.concatenate([part.inside for part in parts])
     rest = rank - sum(part.above for part in parts)
-    if 0 < rest <= upper:
-        return bound[1] + 0.0
-    if upper < rest <= upper + len(inside):
-        return kth_of(inside, [rest - upper])[0]
-    return bound[0] + 0.0 if 0 < rest - upper - len(inside) <= sum(part.lower for part in parts) else math.nan
+    return kth_of(inside, [rest])[0] if 0 < rest <= len(inside) else math.nan
+
+
+def at(row: Array, bound: float) -> tuple[int, int]:
+    """Count the entries above a bound, and those that equal it."""
+    return int(np.count_nonzero(row > bound)), int(np.count_nonzero(row == bound))
 
 
 def keys(row: Array) -> Array:

@@ -5,7 +5,6 @@ A name stands for a weight, or for a block of one where the method said that blo
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -13,16 +12,13 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from mergectl.methods import _order
+from mergectl.methods import _kth
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 Rows: TypeAlias = "Sequence[torch.Tensor] | torch.Tensor"  # one per task
-Form: TypeAlias = "np.ufunc"  # of rows of numbers: makes that of which the order is asked
 
 _CHUNK = 1 << 17  # elements summed at once: a sum is the same whether weights come whole or in blocks
 _NEAR = 1 << 16  # elements whose inner products are taken at once: in float64 two rows stay near the processor
-_TOGETHER = 1 << 22  # elements per task that are looked at together, for the order of their magnitudes
-_SAMPLED = 1 << 21  # elements per task that a sample has at least: it decides how many have to be looked at
 
 
 class TaskVectors(Mapping[str, "torch.Tensor"]):
@@ -163,11 +159,11 @@ class TaskVectors(Mapping[str, "torch.Tensor"]):
 
     def gather(self, function: Callable[[Array], Any]) -> list[Any]:
         """Return what a function says of every weight's flat float32 numbers [task, elements], in order."""
-        return self.survey(lambda name, x: function(self._numbers(x)))
+        return self.survey(lambda name, x: function(_kth.numbers(x)))
 
-    def _numbers(self, x: torch.Tensor) -> Array:
-        rows: Array = x.detach().cpu().float().reshape(len(self.tasks), -1).numpy()
-        return rows
+    def spread(self, work: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+        """Return what work on each item gives, in order; several threads may share it."""
+        return list(self._spread(work, items))
 
     def sums(self, term: Callable[[int, Array], Array]) -> list[float]:
         """Return for each task the sum over all elements of `term(task number, elements in float64)`."""
@@ -221,104 +217,21 @@ class TaskVectors(Mapping[str, "torch.Tensor"]):
 
     def kth_magnitudes(self, ranks: Sequence[Sequence[int]]) -> list[list[float]]:
         """Do what `kth_largest` does, for magnitudes."""
-        return self._kth(ranks, np.abs)
+        return _kth.largest(self, ranks, magnitudes=True)
 
     def kth_largest(self, ranks: Sequence[Sequence[int]]) -> list[list[float]]:
         """Return for each list of ranks (one per task) each task's k-th largest entry over all weights, exactly.
 
-        The first is k = 1; k = 0 gives infinity, and k beyond the last entry minus infinity. A sample says between
-        which bounds an entry must lie; one pass counts what is above them and collects what is between. Where a bound
-        was wrong, two passes count the bit patterns by their halves instead.
+        The first is k = 1; k = 0 gives infinity, and k beyond the last entry minus infinity.
         """
-        return self._kth(ranks, None)
-
-    def _kth(self, ranks: Sequence[Sequence[int]], form: Form | None) -> list[list[float]]:
-        """Find them among what a function makes of each row, if there is one."""
-        if self.numel <= _TOGETHER:
-            return self._kth_together(ranks, form or np.positive)
-        bounds = self._bounds(ranks, form or np.positive)
-
-        def count(rows: Array) -> list[list[_order.Between]]:
-            formed = rows if form is None else map(form, rows)  # row by row, so that what is made stays near
-            return [_order.count_between(row, wanted) for row, wanted in zip(formed, bounds, strict=True)]
-
-        counts = self.gather(count)
-        found = [[math.nan] * len(self.tasks) for _ in ranks]
-        for place, wanted in enumerate(ranks):
-            for task, rank in enumerate(wanted):
-                parts = [unit[task][place] for unit in counts]
-                found[place][task] = _order.kth_between(parts, bounds[task][place], rank, self.numel)
-        for place in (place for place, values in enumerate(found) if any(math.isnan(value) for value in values)):
-            exact = self._reach([float(rank) for rank in ranks[place]], None, form or np.positive)
-            pairs = zip(found[place], exact, strict=True)
-            found[place] = [value if math.isnan(known) else known for known, value in pairs]
-        return found
-
-    def _kth_together(self, ranks: Sequence[Sequence[int]], form: Form) -> list[list[float]]:
-        """Find them among all entries, one task after the other."""
-        rows: Array = np.empty((len(self.tasks), self.numel), dtype=np.float32)
-        ends = np.cumsum([math.prod(shape) for shape in self.shapes.values()])
-        starts = dict(zip(self, (int(end) for end in [0, *ends[:-1]]), strict=True)) if len(self) else {}
-
-        def fill(name: str) -> None:
-            part = self._numbers(self._read(name))
-            for row, numbers in zip(rows, part, strict=True):
-                form(numbers, out=row[starts[name] : starts[name] + len(numbers)])
-
-        for _ in self._spread(fill, list(self)):
-            pass
-        tasks = range(len(self.tasks))
-        found = list(self._spread(lambda t: _order.kth_of(rows[t], [wanted[t] for wanted in ranks]), tasks))
-        return [[found[task][place] for task in tasks] for place in range(len(ranks))]
-
-    def _bounds(self, ranks: Sequence[Sequence[int]], form: Form) -> list[list[tuple[float, float]]]:
-        """Return per task, for each of its ranks, bounds that hold that entry almost surely."""
-        some = self.only(list(self)[:: max(1, min(4, len(self) // 16))])
-        step = max(1, some.numel // _SAMPLED)
-        counts = [-(-math.prod(shape) // step) for shape in some.shapes.values()]
-        starts = dict(zip(some, itertools.accumulate(counts, initial=0), strict=False))
-        # One array for all: small ones made between large ones that go would keep the room of these from being used.
-        samples: Array = np.empty((len(self.tasks), sum(counts)), dtype=np.float32)
-
-        def fill(name: str, x: torch.Tensor) -> None:
-            part = form(self._numbers(x)[:, ::step])
-            samples[:, starts[name] : starts[name] + part.shape[1]] = part
-
-        some.survey(fill)
-        for _ in self._spread(lambda sample: sample.sort(), list(samples)):
-            pass
-        return [
-            [_order.bounds(sample, wanted[task], self.numel) for wanted in ranks] for task, sample in enumerate(samples)
-        ]
+        return _kth.largest(self, ranks, magnitudes=False)
 
     def energy_magnitude(self, shares: Sequence[float]) -> list[float]:
         """Return each task's largest magnitude down to which its elements hold a share of its squared norm."""
         norms = self.square_norms()
         # The slack keeps a share that is met exactly from being missed by the rounding of the sums.
         targets = [n * s * (1 - 1e-13) if s < 1 else math.inf for s, n in zip(shares, norms, strict=True)]
-        return [max(value, 0.0) for value in self._reach(targets, np.square, np.abs)]
-
-    def _reach(self, targets: Sequence[float], weigh: Callable[[Array], Array] | None, form: Form) -> list[float]:
-        """Return per task the entry from which on the larger ones weigh the target together (or number it)."""
-        upper = self._histogram(weigh, None, form)
-        found = [_order.reach(row, target) for row, target in zip(upper, targets, strict=True)]
-        lower = self._histogram(weigh, [bucket for bucket, _ in found], form)
-        keys = [(bucket << 16) + _order.reach(row, rest)[0] for (bucket, rest), row in zip(found, lower, strict=True)]
-        return [_order.entry_of(key) if target > 0 else math.inf for key, target in zip(keys, targets, strict=True)]
-
-    def _histogram(
-        self,
-        weigh: Callable[[Array], Array] | None,
-        within: Sequence[int] | None,
-        form: Form,
-    ) -> Array:
-        """Return per task and half of a bit pattern how many entries there are, or what they weigh."""
-        result = np.zeros((len(self.tasks), 1 << 16))
-        for name in self:
-            for task, row in enumerate(self._numbers(self._read(name))):
-                for part in chunks(row):
-                    result[task] += _order.histogram(form(part), weigh, None if within is None else within[task])
-        return result
+        return [max(value, 0.0) for value in _kth.reach(self, targets, np.square, np.abs)]
 
 
 def chunks(row: Array) -> Iterator[Array]:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergectl import blocks, merge_weights, settings
-from mergectl.methods import _task_vectors
+from mergectl.methods import _kth, _task_vectors
 from tests.methods import families
 
 
@@ -62,7 +62,7 @@ def test_bad_numbers_in_a_block_name_the_weight(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.2, 0.5, 1.0])
 def test_the_sampled_order_statistic_is_exact(shape: str, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
 
-    monkeypatch.setattr(_task_vectors, "_SAMPLED", 64)
+    monkeypatch.setattr(_kth, "_SAMPLED", 64)
     noise = torch.randn(3, 4000, generator=torch.Generator().manual_seed(5))
     rows = {"noise": noise, "sorted": noise.sort().values, "zeros": noise.clamp(min=0), "equal": torch.ones(3, 4000)}[
         shape
@@ -94,10 +94,22 @@ def test_many_equal_entries_are_counted_and_not_collected(seed: int, ranks: list
     parts = {f"w{i}": torch.from_numpy(rows[:, i]) for i in range(8)}
     vectors = _task_vectors.TaskVectors(["a", "b"], {name: (512,) for name in parts}, parts.__getitem__)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_task_vectors, "_TOGETHER", 1)
-        patch.setattr(_task_vectors, "_SAMPLED", 256)
+        patch.setattr(_kth, "_TOGETHER", 1)
+        patch.setattr(_kth, "_SAMPLED", 256)
         found = vectors.kth_largest([[rank] * 2 for rank in ranks])
     order = -np.sort(-rows.reshape(2, -1), axis=1)
     for rank, values in zip(ranks, found, strict=True):
         special = math.inf if rank == 0 else -math.inf if rank > 4096 else None
         assert values == [special if special is not None else float(row[rank - 1]) for row in order]
+
+
+def test_a_bound_that_very_many_entries_share_is_found_without_counting_bit_patterns(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = np.zeros((2, 1 << 16), np.float32)
+    rows[:, ::50] = np.random.default_rng(0).normal(size=rows[:, ::50].shape)
+    vectors = _task_vectors.TaskVectors(["a", "b"], {"w": (1 << 16,)}, {"w": torch.from_numpy(rows)}.__getitem__)
+    monkeypatch.setattr(_kth, "_TOGETHER", 1)
+    monkeypatch.setattr(_kth, "_SAMPLED", 1 << 12)
+    monkeypatch.delattr(_kth, "reach")
+    assert vectors.kth_magnitudes([[40_000, 1000]]) == [[0.0, float(np.sort(np.abs(rows[1]))[-1000])]]

@@ -85,6 +85,18 @@ def test_negating_all_vectors_negates_the_unified_one() -> None:
     for name, x in deltas(base, experts).items():
         decided = x.double().sum(dim=0) != 0
         assert torch.equal(turned["unified"][name][decided], -kept["unified"][name][decided])
+        for task in experts:
+            assert torch.equal(turned["masks"][task][name][decided], kept["masks"][task][name][decided])
+
+
+def test_turned_experts_turn_masks_and_rescalers_and_leave_the_unified_vector() -> None:
+    base, experts = family(4)
+    kept = merge_weights("emr", base, experts).kept
+    turned = merge_weights("emr", base, dict(reversed(experts.items()))).kept
+    assert_same(turned["unified"], kept["unified"])
+    assert turned["rescalers"] == pytest.approx(kept["rescalers"])
+    for task in experts:
+        assert_same(turned["masks"][task], kept["masks"][task])
 
 
 def test_a_mean_of_zero_keeps_the_negative_entries() -> None:

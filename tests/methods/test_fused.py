@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import hypothesis.extra.numpy as arrays
@@ -11,7 +12,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mergectl.methods import _competition, _fused, _kernels, _more_kernels, emr
+from mergectl.methods import _competition, _fused, _kernels, _more_kernels, _order, emr
 from mergectl.methods._task_vectors import TaskVectors
 
 # Longer than a stretch; few values, so that there are draws and zeros, or any.
@@ -127,3 +128,13 @@ def test_what_cancels_leaves_the_same_rest() -> None:
     _fused.average(values.numpy(), torch.ones_like(values).numpy(), bounds, scales, 1e-12, found.numpy())
     assert torch.equal(found, _competition.average(values, torch.ones_like(values), scales.tolist(), 1e-12))
     assert bool((found != 0).any())
+
+
+@settings(deadline=None, max_examples=20)
+@given(STACKS, st.sampled_from([(-1.0, 1.0), (0.25, 1.0), (0.0, 0.0), (1.0, -1.0), (-math.inf, 0.25), (0.0, math.inf)]))
+@example(DRAWN, (0.0, 1.0))
+def test_what_lies_between_two_bounds_is_the_same(x: np.ndarray, bounds: tuple[float, float]) -> None:
+    for row in x:
+        for magnitudes in (False, True):
+            plain, fused = both(lambda: _order.between(row, *bounds, magnitudes))  # noqa: B023 - called at once
+            assert plain.above == fused.above and plain.inside.tolist() == fused.inside.tolist()  # type: ignore[attr-defined]

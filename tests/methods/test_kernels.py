@@ -195,10 +195,10 @@ def test_the_mean_is_that_in_float64(x: torch.Tensor) -> None:
 
 
 def test_an_entry_above_the_bounds_is_not_taken_for_the_upper_one() -> None:
-    bound = (1.0, 2.0)
-    parts = [_order.count_between(np.array([3.0, 2.0, 1.5, 1.0, 0.5], dtype=np.float32), [bound])[0]]
-    found = [_order.kth_between(parts, bound, rank, 5) for rank in (1, 2, 3, 4, 5)]
-    assert found[1:4] == [2.0, 1.5, 1.0] and math.isnan(found[0]) and math.isnan(found[4])
+    row = np.array([3.0, 2.0, 1.5, 1.0, 0.5], dtype=np.float32)
+    found = [_order.kth_between([_order.between(row, 1.0, 2.0, False)], rank, 5) for rank in (1, 2, 3, 4, 5)]
+    assert found[2] == 1.5 and all(math.isnan(value) for place, value in enumerate(found) if place != 2)
+    assert [_order.at(row, bound) for bound in (2.0, 1.0, 0.7)] == [(1, 1), (3, 1), (4, 0)]
 
 
 @pytest.mark.parametrize("chance", [0.0, 0.4 / 65536, 0.3, 1 - 0.4 / 65536, 1.0])

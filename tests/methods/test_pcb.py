@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from mergectl import blocks, merge_weights, settings
 from mergectl.errors import UserError
-from mergectl.methods import _competition, _task_vectors, pcb
+from mergectl.methods import _competition, _kth, pcb
 from mergectl.methods._task_vectors import TaskVectors
 from tests.methods.families import assert_close, assert_same, family
 
@@ -105,8 +105,8 @@ def test_reading_in_parts_gives_what_sorting_whole_rows_gives(
     expected = torch.from_numpy(by_sorting(x, variant, ratio, winsor)).float()
     given: dict[str, Any] = {"variant": variant, "ratio": ratio, "winsor": winsor, "scale": 1.0}
     torch.testing.assert_close(merged(x, **given), expected, atol=1e-6, rtol=1e-5)
-    monkeypatch.setattr(_task_vectors, "_TOGETHER", 0)
-    monkeypatch.setattr(_task_vectors, "_SAMPLED", 64)
+    monkeypatch.setattr(_kth, "_TOGETHER", 0)
+    monkeypatch.setattr(_kth, "_SAMPLED", 64)
     parts = pieces(vectors(x, (7, 200, 201, 450)), **given)
     torch.testing.assert_close(torch.cat(list(parts.values())), expected, atol=1e-6, rtol=1e-5)
 
@@ -142,8 +142,8 @@ def test_no_more_than_a_few_weights_are_in_memory_at_once(monkeypatch: pytest.Mo
         weakref.finalize(x, gone)
         return x
 
-    monkeypatch.setattr(_task_vectors, "_TOGETHER", 0)
-    monkeypatch.setattr(_task_vectors, "_SAMPLED", 500)
+    monkeypatch.setattr(_kth, "_TOGETHER", 0)
+    monkeypatch.setattr(_kth, "_SAMPLED", 500)
     names = [f"{i:02d}" for i in range(40)]
     model = TaskVectors(["a", "b", "c", "d"], {name: (500,) for name in names}, read)
     for variant in VARIANTS:

@@ -1,0 +1,146 @@
+"""The k-th largest entry of all weights of task vectors, exactly, from a few passes that keep next to nothing.
+
+A sample says between which bounds an entry must lie; one pass counts what is above them and collects what is between.
+For an entry that is not there a second pass looks at the bounds themselves, and where they were wrong, two passes count
+the bit patterns by their halves. Small models are looked at in one piece.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+
+from mergectl.methods import _order
+
+if TYPE_CHECKING:
+    import torch
+
+    from mergectl.methods._task_vectors import TaskVectors
+
+Array: TypeAlias = "np.ndarray[Any, Any]"
+Form: TypeAlias = "np.ufunc"  # of rows of numbers: makes that of which the order is asked
+
+_TOGETHER = 1 << 22  # elements per task that are looked at together
+_SAMPLED = 1 << 21  # elements per task that a sample has at least: it decides how many have to be looked at
+_CHUNK = 1 << 17  # elements counted at once
+
+
+def largest(vectors: TaskVectors, ranks: Sequence[Sequence[int]], *, magnitudes: bool) -> list[list[float]]:
+    """Return for each list of ranks (one per task) each task's k-th largest entry, or magnitude, over all weights."""
+    form = np.abs if magnitudes else np.positive
+    if vectors.numel <= _TOGETHER:
+        return _together(vectors, ranks, form)
+    bounds = _bounds(vectors, ranks, form)
+
+    def count(rows: Array) -> list[list[_order.Between]]:
+        pairs = zip(rows, bounds, strict=True)
+        return [[_order.between(row, low, high, magnitudes) for low, high in wanted] for row, wanted in pairs]
+
+    counts = vectors.gather(count)
+    result = []
+    for place, wanted in enumerate(ranks):
+        parts = [[unit[task][place] for unit in counts] for task in range(len(wanted))]
+        found = [_order.kth_between(part, rank, vectors.numel) for part, rank in zip(parts, wanted, strict=True)]
+        if _open(found):
+            found = _filled(found, _at_bounds(vectors, wanted, [pairs[place] for pairs in bounds], form))
+        if _open(found):
+            found = _filled(found, reach(vectors, [float(rank) for rank in wanted], None, form))
+        result.append(found)
+    return result
+
+
+def reach(
+    vectors: TaskVectors, targets: Sequence[float], weigh: Callable[[Array], Array] | None, form: Form
+) -> list[float]:
+    """Return per task the entry from which on the larger ones weigh the target together (or number it)."""
+    upper = _histogram(vectors, weigh, None, form)
+    found = [_order.reach(row, target) for row, target in zip(upper, targets, strict=True)]
+    lower = _histogram(vectors, weigh, [bucket for bucket, _ in found], form)
+    keys = [(bucket << 16) + _order.reach(row, rest)[0] for (bucket, rest), row in zip(found, lower, strict=True)]
+    return [_order.entry_of(key) if target > 0 else math.inf for key, target in zip(keys, targets, strict=True)]
+
+
+def _open(found: Sequence[float]) -> bool:
+    return any(math.isnan(value) for value in found)
+
+
+def _filled(found: Sequence[float], others: Sequence[float]) -> list[float]:
+    return [other if math.isnan(value) else value for value, other in zip(found, others, strict=True)]
+
+
+def _together(vectors: TaskVectors, ranks: Sequence[Sequence[int]], form: Form) -> list[list[float]]:
+    """Find them among all entries, one task after the other."""
+    tasks = range(len(vectors.tasks))
+    rows, starts = _room(vectors, [math.prod(shape) for shape in vectors.shapes.values()])
+
+    def fill(name: str, x: torch.Tensor) -> None:
+        for row, part in zip(rows, numbers(x), strict=True):
+            form(part, out=row[starts[name] : starts[name] + len(part)])
+
+    vectors.survey(fill)
+    found = vectors.spread(lambda task: _order.kth_of(rows[task], [wanted[task] for wanted in ranks]), tasks)
+    return [[found[task][place] for task in tasks] for place in range(len(ranks))]
+
+
+def _bounds(vectors: TaskVectors, ranks: Sequence[Sequence[int]], form: Form) -> list[list[tuple[float, float]]]:
+    """Return per task, for each of its ranks, bounds that hold that entry almost surely."""
+    some = vectors.only(list(vectors)[:: max(1, min(4, len(vectors) // 16))])
+    step = max(1, some.numel // _SAMPLED)
+    samples, starts = _room(some, [-(-math.prod(shape) // step) for shape in some.shapes.values()])
+
+    def fill(name: str, x: torch.Tensor) -> None:
+        part = form(numbers(x)[:, ::step])
+        samples[:, starts[name] : starts[name] + part.shape[1]] = part
+
+    some.survey(fill)
+    some.spread(lambda sample: sample.sort(), list(samples))
+    pairs = enumerate(samples)
+    return [[_order.bounds(sample, wanted[task], vectors.numel) for wanted in ranks] for task, sample in pairs]
+
+
+def _room(vectors: TaskVectors, counts: Sequence[int]) -> tuple[Array, dict[str, int]]:
+    """Return one array for so many entries of every weight, [task, entries], and where each weight's begin.
+
+    Small arrays made between large ones that go would keep the room of these from being used again.
+    """
+    starts = dict(zip(vectors, itertools.accumulate(counts, initial=0), strict=False))
+    return np.empty((len(vectors.tasks), sum(counts)), dtype=np.float32), starts
+
+
+def _at_bounds(
+    vectors: TaskVectors, ranks: Sequence[int], bounds: Sequence[tuple[float, float]], form: Form
+) -> list[float]:
+    """Return each task's k-th largest entry if it is one of its two bounds, else NaN."""
+
+    def count(rows: Array) -> list[list[tuple[int, int]]]:
+        return [[_order.at(row, bound) for bound in pair] for row, pair in zip(map(form, rows), bounds, strict=True)]
+
+    counts = np.array(vectors.gather(count)).sum(0)  # [task, bound, (above, equal)]
+    found = [math.nan] * len(ranks)
+    for task, (rank, pair) in enumerate(zip(ranks, bounds, strict=True)):
+        for bound, (above, equal) in zip(pair, counts[task], strict=True):
+            found[task] = bound + 0.0 if 0 < rank - above <= equal else found[task]
+    return found
+
+
+def _histogram(
+    vectors: TaskVectors, weigh: Callable[[Array], Array] | None, within: Sequence[int] | None, form: Form
+) -> Array:
+    """Return per task and half of a bit pattern how many entries there are, or what they weigh."""
+    result = np.zeros((len(vectors.tasks), 1 << 16))
+    for name in vectors:
+        for task, row in enumerate(numbers(vectors[name])):
+            for start in range(0, len(row), _CHUNK):
+                part = form(row[start : start + _CHUNK])
+                result[task] += _order.histogram(part, weigh, None if within is None else within[task])
+    return result
+
+
+def numbers(x: torch.Tensor) -> Array:
+    """Return a weight of all tasks as flat float32 numbers: [task, elements]."""
+    rows: Array = x.detach().cpu().float().reshape(len(x), -1).numpy()
+    return rows
