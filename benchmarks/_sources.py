@@ -33,6 +33,27 @@ def find(task: Task, use: Use, data: Path | None) -> tuple[str, Table]:
     return _from_hub(task, use, part, columns, data, tried)
 
 
+def hub_name(task: Task) -> str:
+    """Return the id under which the task's data set is pinned: a branch other than the main one belongs to it."""
+    return f"{task.hub}@{task.revision}" if task.revision else task.hub
+
+
+def from_hub(task: Task, data: Path | None) -> bool:
+    """Return whether a task's rows come from the hub or its local cache: nothing else has any of them."""
+    if not task.hub or task.make is not None or task.files:
+        return False
+    if data is not None and (Path(data) / task.source / task.config / _folders.TREE).is_dir():
+        return False
+    splits = {split for part in task.parts.values() for split in (part.split, *part.instead)}
+    return not any(_in_folder(task, split, data, []) for split in splits)
+
+
+def cached_commit(task: Task) -> str | None:
+    """Return the commit of the copy that the local cache would give, the newest one if no commit is named."""
+    files = next((found for part in task.parts.values() if (found := _in_cache(task, part.split))), None)
+    return files[0].parent.name if files else None
+
+
 def _on_disk(task: Task, part: Part, data: Path | None, tried: list[str]) -> Iterator[tuple[str, list[Path]]]:
     """Yield the split and files of each place that has them, the data folder before the cache."""
     for split in (part.split, *part.instead):

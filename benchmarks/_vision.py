@@ -1,7 +1,7 @@
 """The twenty image data sets of the vision papers: where their rows come from, their classes and their prompts.
 
 Splits as in those papers: a tenth of the train split, at most 5000 rows, tunes, and the official test split reports.
-Prompts are those of the OpenAI CLIP repository and of the papers after it. No hub copy is pinned to a revision.
+Prompts are those of the OpenAI CLIP repository and of the papers after it. Of a hub copy `Task.revision` is read.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from mergectl.families import Family
 from mergectl.lab import Lab
 from mergectl.methods._contract import MergeWarning
 from mergectl.models import head_labels
-from mergectl.naming import live_names, match
+from mergectl.naming import live_names, live_tensors, match
 
 if TYPE_CHECKING:
     import torch
@@ -121,7 +121,8 @@ class LabEntropy:
         for task in (task for task in self.tasks if task not in learning):
             warnings.warn(f"{task.id} contributes no loss: its head has one output.", MergeWarning, stacklevel=2)
         self._learning, self._examples = {task.id: task for task in learning}, dict[str, Sequence[Any]]()
-        self._paths: dict[str, str] | None = None
+        self._paths: dict[str, str] | None = None  # where the live model computes with a weight
+        self._slots: dict[str, str] = {}  # whose weights are lent to it
         self.by_task: dict[str, float] = {}
 
     def _batch(self, task: str, step: int) -> dict[str, torch.Tensor]:
@@ -143,6 +144,7 @@ class LabEntropy:
 
         if self._paths is None:
             self._paths = self._find_paths(weights)
+        self._lend(weights)
         own = {path: weights[name] for name, path in self._paths.items()}
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads)
@@ -182,13 +184,21 @@ class LabEntropy:
         learned = {name for name, x in weights.items() if x.requires_grad}
         if not learned & set(slots.values()):
             raise UserError("None of the weights to be learned has a place in the model that is adapted.")
+        self._slots = slots
         return {name: names[slot] for slot, name in slots.items()}
+
+    def _lend(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Let the live model's own weights be these, so that no second backbone is in memory and none is copied."""
+        live = live_tensors(self.live.model)
+        for slot, name in self._slots.items():
+            live[slot].data = weights[name].detach().to(live[slot].device, live[slot].dtype)
+            self.live.backbone[slot] = live[slot].data
 
     def score(self, weights: Mapping[str, torch.Tensor]) -> dict[str, float]:
         """Score weights on `tune`, to look at; nothing is chosen by it."""
         from mergectl.bench import make_bench, score_model
 
-        self.live.load_backbone(weights, partial=True)
+        self._lend(weights)
         how: dict[str, Any] = {"split": "tune", "data": self.lab.data, "seed": self.lab.seed}
         found = {}
         for task in self.tasks:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 ROOT = "base_model.model."
+START = "start.safetensors"  # beside an adapter: the factors that it was begun from, under their names in its own file
 PARTS = re.compile(
     r"(?P<module>.*)\.(?P<part>lora_A\.weight|lora_B\.(weight|bias)|lora_embedding_A|lora_embedding_B"
     r"|lora_magnitude_vector(\.weight)?|ia3_l)$"
@@ -155,7 +156,25 @@ class AdapterCheckpoint(Checkpoint):
     def scaled(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Plain LoRA's factors s B and A, whose product is what it adds to a module's weight, outputs by inputs."""
         down, up = self.part(module, "lora_A"), self.part(module, "lora_B")
-        return _lora_scale(f"{module}.weight", len(down), self.settings) * up, down
+        return self.scale(module) * up, down
+
+    def scale(self, module: str) -> float:
+        """What plain LoRA multiplies a module's product by."""
+        rank = self._adapter.header[self._modules[module]["lora_A"]].shape[0]
+        return _lora_scale(f"{module}.weight", rank, self.settings)
+
+    @property
+    def has_start(self) -> bool:
+        """Whether the factors that training began from lie beside the adapter."""
+        return (self.folder / START).exists()
+
+    def start(self, module: str, name: str) -> torch.Tensor:
+        """A module's factor `lora_A` or `lora_B` as it was before training."""
+        return self._started.read(self._modules[module][name]).float()
+
+    @cached_property
+    def _started(self) -> WeightFile:
+        return WeightFile(self.folder / START)
 
     def product(self, module: str) -> torch.Tensor:
         """What plain LoRA adds to a module's weight."""
@@ -166,7 +185,8 @@ class AdapterCheckpoint(Checkpoint):
     def digest(self) -> str:
         """SHA-256 over the base's digest and the adapter's files."""
         sha = hashlib.sha256(self.base.digest.encode())
-        for path in (self._adapter.path, self.folder / "adapter_config.json"):
+        own = [self._adapter.path, self.folder / "adapter_config.json"]
+        for path in [*own, self.folder / START] if self.has_start else own:
             sha.update(path.read_bytes())
         return sha.hexdigest()
 

@@ -6,8 +6,9 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from mergectl.bodies import head_names
 from mergectl.errors import UserError
-from mergectl.inputs import Subset, Weights, head_names, shape_of
+from mergectl.inputs import Subset, Weights, shape_of
 from mergectl.layer_pairs import LayerMap, given, numbers
 from mergectl.layers import Numbered, the_stack
 from mergectl.methods._contract import MergeWarning

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from mergectl.answers import ANSWER_METRICS, right_answers, write
 from mergectl.errors import UserError
 from mergectl.live import LiveModel
+from mergectl.packing import cuts
 from mergectl.preprocess import Preparer
 from mergectl.text2text import AnswerPreparer
 
@@ -41,6 +42,11 @@ class Bench:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def sizes(self) -> list[int]:
+        """The number of rows of each batch."""
+        return [len(next(iter(batch.values()))) for batch in self.batches]
+
 
 def make_bench(
     task: Task,
@@ -51,26 +57,40 @@ def make_bench(
     limit: int | None = None,
     batch_size: int = 64,
     seed: int = 0,
+    one_more: int | None = None,
 ) -> Bench:
-    """Load and tokenise a task's rows for one use, by all templates where the task asks for the median of them."""
+    """Load and tokenise a task's rows for one use, by all templates where the task asks for the median of them.
+
+    Batches have `batch_size` rows; with `one_more`, what a batch costs in tokens, at most so many (see `packing`).
+    """
     from mergectl.benchmarks import _rows
 
     templates = range(len(task.templates) if task.pool == "median" else 1)
     found = [_rows.load(task, split, data=data, limit=limit, seed=seed, template=number) for number in templates]
-    first, *others = [bench_of(task, preparer, rows.columns, rows.labels, batch_size) for rows in found]
+    how: dict[str, Any] = {"batch_size": batch_size, "one_more": one_more}
+    first, *others = [bench_of(task, preparer, rows.columns, rows.labels, **how) for rows in found]
     return replace(first, others=tuple(others))
 
 
 def bench_of(
-    task: Task, preparer: Preparer, columns: Mapping[str, Sequence[Any]], labels: Sequence[float], batch_size: int = 64
+    task: Task,
+    preparer: Preparer,
+    columns: Mapping[str, Sequence[Any]],
+    labels: Sequence[float],
+    batch_size: int = 64,
+    one_more: int | None = None,
 ) -> Bench:
     """Make a bench from columns that are already in memory."""
     examples = preparer.prepare(task, columns)
     if isinstance(preparer, AnswerPreparer):
         examples = [{**example, "labels": label} for example, label in zip(examples, labels, strict=True)]
-    order = sorted(range(len(examples)), key=lambda row: -preparer.length(examples[row]))
-    cuts = range(0, len(order), batch_size)
-    batches = tuple(preparer.stack([examples[row] for row in order[start : start + batch_size]]) for start in cuts)
+    lengths = [preparer.length(example) for example in examples]
+    order = sorted(range(len(examples)), key=lambda row: -lengths[row])
+    if one_more is None:
+        places = [(start, start + batch_size) for start in range(0, len(order), batch_size)]
+    else:
+        places = cuts([lengths[row] for row in order], batch_size, one_more)
+    batches = tuple(preparer.stack([examples[row] for row in order[start:end]]) for start, end in places)
     return Bench(task, tuple(labels), batches, tuple(order), preparer)
 
 

@@ -45,7 +45,9 @@ def cut(shapes: Mapping[str, tuple[int, ...]], names: Iterable[str], *, in_rows:
         count, width = math.prod(shapes[name]), shapes[name][-1] if shapes[name] else 1
         if count <= LENGTH or (in_rows and width == count):
             continue
-        step = max(1, LENGTH // width) * width if in_rows else LENGTH
+        rows = max(1, LENGTH // width)
+        rows = rows if rows * width % 8 == 0 else -(-rows // 8) * 8  # masks of a block are whole bytes
+        step = rows * width if in_rows else LENGTH
         for start in range(0, count, step):
             stop = min(start + step, count)
             block = Block(name, start, stop, ((stop - start) // width, width) if in_rows else (stop - start,))

@@ -24,6 +24,7 @@ class Board:
         self.title, self.plan, self.workers = title, plan, workers
         self.began = time.monotonic()
         self.done = self.fresh = self.refused = self.pruned = 0
+        self.lost = 0  # trials of workers that were killed
         self.rows = self.total = 0  # evaluated, and what full evaluations would have taken
         self.best: Trial | None = None
         self.scores: dict[str, float] = {}
@@ -39,6 +40,10 @@ class Board:
         chosen = best_of([t for t in (self.best, trial) if t is not None], self.plan.objectives)
         if verdict is not None and chosen is trial:
             self.best, self.scores = trial, dict(verdict.scores)
+
+    def lose(self, count: int) -> None:
+        """Take in how many trials were lost with their workers by now."""
+        self.lost = count
 
     def rate(self) -> float:
         """Trials of this session per minute."""
@@ -63,6 +68,7 @@ class Board:
         found = {
             "trials": f"{self.done} of {self.plan.trials}   {self.rate():.1f} per minute   {self.eta()} left{workers}",
             "refused": str(self.refused) if self.refused else "",
+            "lost": f"{self.lost} with killed workers, queued again" if self.lost else "",
             "stopped early": self.stopped(),
         }
         if self.best is not None:
@@ -75,10 +81,11 @@ class Board:
         """All in one line."""
         best = f"best {100 * self.best.score:.2f} % (trial {self.best.number}), " if self.best is not None else ""
         refused = f", {self.refused} refused" if self.refused else ""
+        lost = f", {self.lost} lost and queued again" if self.lost else ""
         pruned = f", stopped early {self.stopped()}" if self.pruned else ""
         left = f", {self.eta()} left" if self.done < self.plan.trials else ""
         rate = f"{self.rate():.1f} per minute{left}"
-        return f"{self.done}/{self.plan.trials}: {best}{rate}{refused}{pruned}"
+        return f"{self.done}/{self.plan.trials}: {best}{rate}{refused}{lost}{pruned}"
 
 
 def short(value: Any) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from mergectl import open_clip
+from mergectl import open_clip, pins
 from mergectl.adapters import AdapterCheckpoint
 from mergectl.errors import UserError
+from mergectl.pins import exact
 from mergectl.refs import Cut, Ref, Reheaded, Stack
 from mergectl.reheading import HeadedModel
 from mergectl.stacking import CutTokens, Stacked
@@ -20,6 +22,7 @@ __all__ = [
     "SINGLE",
     "Checkpoint",
     "download",
+    "exact",
     "find_folder",
     "load_checkpoint",
     "open_checkpoint",
@@ -47,21 +50,37 @@ def find_folder(ref: str | Path, find_run: Callable[[str], Path | None] | None =
 
 
 def download(ref: str) -> Path:
-    """Fetch a model from the hub (weights, config, tokenizer only) and return its folder in the local cache."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    """Fetch a model from the hub (weights, config, tokenizer only) and return its folder in the local cache.
 
-    repo, _, revision = ref.partition("@")
+    It is that of the revision that is named, else of the commit that the lab pins, else the present one.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RevisionNotFoundError,
+    )
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    repo, _, named = ref.partition("@")
+    revision = named or pins.commit_of("models", repo)
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     try:
-        folder = Path(snapshot_download(repo, revision=revision or None, allow_patterns=HUB_FILES))
-        if not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(repo, revision=revision or None, allow_patterns=["*.bin", *HUB_FILES[1:]]))
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=HUB_FILES))
+        if not any(folder.rglob("*.safetensors")):
+            folder = Path(snapshot_download(repo, revision=revision, allow_patterns=["*.bin", *HUB_FILES[1:]]))
     except HFValidationError as error:
         raise UserError(f"There is no folder '{ref}', and it is no hub id either (org/name@revision).") from error
     except LocalEntryNotFoundError as error:
         raise UserError(
             f"There is no folder '{ref}', and the hub cannot be reached to look for it. Name a local folder."
         ) from error
+    except RevisionNotFoundError as error:
+        if revision and not named:
+            raise UserError(pins.GONE.format(commit=revision, name=repo, file=pins.lab_file())) from error
+        raise UserError(f"There is no revision '{named}' of {repo} on the hub.") from error
     except (HfHubHTTPError, OSError) as error:
         raise UserError(
             f"There is no folder '{ref}', and the hub gave no model of that name ({type(error).__name__})."
@@ -85,10 +104,11 @@ def open_checkpoint(ref: Ref | Path, find_run: Callable[[str], Path | None] | No
     if path.suffix in open_clip.FILES and path.is_file():
         return open_clip.opened(path, str(ref))
     folder = find_folder(ref, find_run)
+    name = exact(str(ref), folder)
     if (folder / "adapter_config.json").exists() and not any((folder / name).exists() for name in (SINGLE, INDEX)):
-        return AdapterCheckpoint(folder, str(ref), lambda base: open_checkpoint(base, find_run))
-    found = Checkpoint(folder, str(ref))
-    return open_clip.VisionTower(folder, str(ref)) if open_clip.is_bare(found) else found
+        return AdapterCheckpoint(folder, name, lambda base: open_checkpoint(base, find_run))
+    found = Checkpoint(folder, name)
+    return open_clip.VisionTower(folder, name) if open_clip.is_bare(found) else found
 
 
 load_checkpoint = open_checkpoint

@@ -1,23 +1,29 @@
-"""Keep two commands from making the same folder at the same time."""
+"""Keep two commands from making the same folder or file at the same time."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from mergectl.errors import UserError
 
+PAUSE = 0.05  # seconds between two looks at what another process holds
+
 
 @contextlib.contextmanager
-def claimed(out: Path, work: str) -> Iterator[None]:
-    """Be the only process that makes the folder `out`, or refuse; a killed process holds nothing."""
+def claimed(out: Path, work: str, *, wait: bool = False) -> Iterator[None]:
+    """Be the only process that makes `out`; else refuse, or wait for the other. A killed process holds nothing."""
     path = out.absolute().parent / f".{out.name}.lock"
     made = [parent for parent in path.parents if not parent.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = _lock(path)
+    while handle is None and wait:
+        time.sleep(PAUSE)
+        handle = _lock(path)
     if handle is None:
         raise UserError(f"Another command is {work} {out} just now. Wait for it, or choose another -o.")
     try:
@@ -36,8 +42,10 @@ def _lock(path: Path) -> int | None:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.exists() and path.stat().st_ino == os.fstat(handle).st_ino:
+            if path.stat().st_ino == os.fstat(handle).st_ino:
                 return handle
+        except FileNotFoundError:
+            pass
         except BlockingIOError:
             os.close(handle)
             return None

@@ -64,7 +64,7 @@ AdapterRank = Annotated[
     int | None, typer.Option("--adapter-rank", help="Rank of a merged LoRA adapter; default: all that it needs.")
 ]
 AdapterMode = Annotated[
-    str | None, typer.Option("--adapter-mode", help="LoRA: merge products (product), concatenate, or align.")
+    str | None, typer.Option("--adapter-mode", help="LoRA: product, concatenate, align or factors; see docs/medusa.md.")
 ]
 
 
@@ -242,9 +242,24 @@ def run(
     again: Annotated[
         str | None, typer.Option("--again", metavar="RUN", help="Repeat a run of the store: is the result the same?")
     ] = None,
+    pins: Annotated[
+        Path | None, typer.Option("--pins", help="Take models and data sets at the commits of this lock file.")
+    ] = None,
+    update_pins: Annotated[
+        bool, typer.Option("--update-pins", help="Move the pipeline's pins to the hub's present commits.")
+    ] = False,
 ) -> None:
     """Run a pipeline of verbs; steps that the store already holds are skipped."""
     from mergectl import pipelines
+
+    if pins is not None and update_pins:
+        raise UserError(
+            "--pins takes the commits of a file, --update-pins the hub's present ones. Leave one of them out."
+        )
+    if (pins is not None or update_pins) and (smoke or show or pipeline is None):
+        raise UserError(
+            "--pins and --update-pins are for running a pipeline with models of the hub: mergectl run NAME."
+        )
 
     if again is not None:
         from mergectl.repeat import repeat
@@ -258,4 +273,5 @@ def run(
     elif show or pipeline is None:
         pipelines.show_all()
     else:
-        pipelines.run(lab, pipeline, pairs("--set", settings), dry_run=dry_run, smoke=smoke)
+        changes = pairs("--set", settings)
+        pipelines.run(lab, pipeline, changes, dry_run=dry_run, smoke=smoke, pins=pins, update_pins=update_pins)

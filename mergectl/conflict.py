@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mergectl import __version__
+from mergectl.adapter_modes import apart, factor_views
+from mergectl.adapters import AdapterCheckpoint
 from mergectl.checkpoints import open_checkpoint
 from mergectl.errors import UserError
 from mergectl.families import Family, open_family
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 Pair: TypeAlias = tuple[str, str]
+Weights: TypeAlias = "Mapping[str, torch.Tensor]"
 Part: TypeAlias = tuple[str, int | None]
 OTHER = "other"  # weights outside of layers: embeddings, last norms
 WHOLE: Part = ("", None)
@@ -60,21 +63,29 @@ class Counts:
             yield f"changed_by_{word}", None, count / total
 
 
-def measure(family: Family) -> dict[Part, Counts]:
+def measure(base: Weights, experts: Mapping[str, Weights]) -> dict[Part, Counts]:
     """Count by stack of layers and number of the layer, and of the whole model."""
     import torch
 
-    population = family.population
-    tasks = list(population.experts)
+    tasks = list(experts)
     found: dict[Part, Counts] = {WHOLE: Counts()}
-    for name in population.base:
-        start = population.base[name].float()
-        signs = torch.stack([(population.experts[task][name].float() - start).sign().to(torch.int8) for task in tasks])
+    for name in base:
+        start = base[name].float()
+        signs = torch.stack([(experts[task][name].float() - start).sign().to(torch.int8) for task in tasks])
         match = NUMBERED.match(name)
         part: Part = (match[1].rstrip("."), int(match[2])) if match else (OTHER, None)
         for key in (WHOLE, part):
             found.setdefault(key, Counts()).add(tasks, signs)
     return found
+
+
+def measure_factors(family: Family) -> dict[Part, Counts]:
+    """Count likewise of the factors of LoRA adapters that were begun alike; of other experts nothing."""
+    found = {task: expert for task, expert in family.experts.items() if isinstance(expert, AdapterCheckpoint)}
+    plain = all(expert.kind == "LORA" and expert.has_start for expert in found.values())
+    if len(found) < len(family.experts) or not plain or apart(found):
+        return {}
+    return measure(*factor_views(found))
 
 
 def family_of(lab: Lab, model: str, experts: Sequence[tuple[str | None, str]]) -> Family:
@@ -92,7 +103,10 @@ def family_of(lab: Lab, model: str, experts: Sequence[tuple[str | None, str]]) -
 
 
 def store_conflict(lab: Lab, model: str, experts: Sequence[tuple[str | None, str]], *, reuse: bool = False) -> Result:
-    """Measure the conflict of experts and store it: of the whole model, and by layer under `<name>/<stack>`."""
+    """Measure the conflict of experts and store it: of the whole model, and by layer under `<name>/<stack>`.
+
+    That of the factors of LoRA adapters is stored likewise, its names beginning with `factors/`.
+    """
     family = family_of(lab, model, experts)
     if len(family.experts) < 2:
         raise UserError("A conflict takes at least two experts. Name more of them: --experts A B")
@@ -102,11 +116,12 @@ def store_conflict(lab: Lab, model: str, experts: Sequence[tuple[str | None, str
         return {"run": done["run_id"], "again": True}
     with lab.start("eval", config, name="conflict") as run:
         record_inputs(run, family)
-        found = measure(family)
-        for (stack, number), counts in found.items():
-            for name, task, share in counts.shares():
-                run.metric(f"{name}/{stack}" if stack else name, share, task=task, step=number)
-    return {"run": run.id, "parts": found, "again": False}
+        found = {"": measure(family.population.base, family.population.experts), "factors/": measure_factors(family)}
+        for what, parts in found.items():
+            for (stack, number), counts in parts.items():
+                for name, task, share in counts.shares():
+                    run.metric(f"{what}{name}/{stack}" if stack else f"{what}{name}", share, task=task, step=number)
+    return {"run": run.id, "parts": found[""], "factors": found["factors/"], "again": False}
 
 
 def show_conflict(
@@ -118,19 +133,29 @@ def show_conflict(
     if scoring:
         raise UserError("--conflict measures weights, not answers. Leave out --on and --heads.")
     result = store_conflict(lab, model, experts)
-    parts: Mapping[Part, Counts] = result["parts"]
-    whole = parts[WHOLE]
+    found = {"": _told(result["parts"]), "factors": _told(result["factors"])}
+
+    def show() -> None:
+        for what, (facts, layers) in found.items():
+            if not facts:
+                continue
+            rows = [(row["name"], row["of"], f"{100 * float(str(row['share'])):.2f}") for row in facts]
+            title = f"Of all {'elements of LoRA factors' if what else 'elements'} (run {result['run']})"
+            print_table(title, ("what", "of", "percent"), rows, left=2)
+            by_layer = [(row["stack"], row["layer"], f"{100 * float(str(row['sign_conflict'])):.2f}") for row in layers]
+            print_table("Opposite signs by layer", ("stack", "layer", "percent"), by_layer, left=1)
+
+    (whole, layers), (factors, factor_layers) = found.values()
+    told = {"run": result["run"], "whole": whole, "layers": layers}
+    lab.terminal.give(told | ({"factors": factors, "factor_layers": factor_layers} if factors else {}), show)
+
+
+def _told(parts: Mapping[Part, Counts]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """What was counted of the whole, and by layer, as rows."""
     layers = [
         {"stack": stack, "layer": number, "sign_conflict": counts.any_opposed / max(counts.elements, 1)}
         for (stack, number), counts in sorted(parts.items(), key=lambda item: (item[0][0], item[0][1] or 0))
         if stack
     ]
-    facts = [{"name": name, "of": task, "share": share} for name, task, share in whole.shares()]
-
-    def show() -> None:
-        rows = [(row["name"], row["of"], f"{100 * float(str(row['share'])):.2f}") for row in facts]
-        print_table(f"Of all elements (run {result['run']})", ("what", "of", "percent"), rows, left=2)
-        by_layer = [(row["stack"], row["layer"], f"{100 * float(str(row['sign_conflict'])):.2f}") for row in layers]
-        print_table("Opposite signs by layer", ("stack", "layer", "percent"), by_layer, left=1)
-
-    lab.terminal.give({"run": result["run"], "whole": facts, "layers": layers}, show)
+    shares = parts[WHOLE].shares() if parts else ()
+    return [{"name": name, "of": task, "share": share} for name, task, share in shares], layers

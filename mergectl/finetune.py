@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mergectl import artefacts
+from mergectl.adapters import START
 from mergectl.digests import blake3
 from mergectl.dropout import rates, with_dropout
 from mergectl.errors import UserError
@@ -19,6 +20,8 @@ from mergectl.finetune_config import FinetuneConfig
 from mergectl.naming import is_writer
 
 if TYPE_CHECKING:
+    import torch
+
     from mergectl.benchmarks._contract import Task
     from mergectl.models import Source
     from mergectl.preprocess import Preparer
@@ -74,8 +77,10 @@ def _train(
     preparer = models.preparer_for(source, model.config, task, config.max_length)
     examples = _examples(task, preparer, config, data)
     bench = make_bench(task, preparer, split=config.select_on, data=data, limit=config.limit_tune, seed=config.seed)
+    begun = None
     if config.peft != "none":
         model = lowrank.put_on(model, config)
+        begun = lowrank.factors(model)
     trainer = training.make_trainer(config, args, model, examples, bench, run=run, progress=progress)
     checkpoint = training.last_checkpoint(Path(args.output_dir))
     start = time.perf_counter()
@@ -83,7 +88,7 @@ def _train(
     result = _result(trainer, task, out, config, time.perf_counter() - start, checkpoint is not None)
     result |= {"examples": len(examples), "tune_examples": len(bench)}
     if trainer.is_world_process_zero():
-        _write(config, task, source, trainer.model, preparer, out, result, run, force)
+        _write(config, task, source, trainer.model, preparer, out, result, run, force, begun)
     trainer.accelerator.wait_for_everyone()
     return result
 
@@ -125,15 +130,20 @@ def _result(
 
 def _write(
     config: FinetuneConfig, task: Task, source: Source, model: Any, preparer: Preparer, out: Path,
-    result: Mapping[str, Any], run: Any, force: bool,
+    result: Mapping[str, Any], run: Any, force: bool, begun: Mapping[str, torch.Tensor] | None,
 ) -> None:  # fmt: skip
     """Write the full model, its tokenizer or image settings, the adapter if there is one, and the record."""
+    from safetensors.torch import save_file
+
     from mergectl import lowrank
 
     with artefacts.new_folder(out, force=force) as folder:
         if config.peft != "none":
             model.peft_config["default"].base_model_name_or_path = config.base
             model.save_pretrained(folder / "adapter")
+            preparer.save(folder / "adapter")
+            if begun:
+                save_file(dict(begun), folder / "adapter" / START)
             model = lowrank.fold(model)
         _restore(model, source)
         model.save_pretrained(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,10 @@ from mergectl import settings as methods
 from mergectl.components import Shelf
 from mergectl.errors import WorkError
 from mergectl.families import Family
+from mergectl.first_token import first_token_only
+from mergectl.in_memory import in_memory
 from mergectl.lab import Lab
+from mergectl.packing import one_more
 from mergectl.plan import Recipe
 from mergectl.preprocess import with_inputs
 from mergectl.pruning import Answers, Verdict, Watch
@@ -20,12 +24,11 @@ from mergectl.recombine import Recombiner, linear_setting
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
 
     from mergectl.benchmarks._contract import Task
     from mergectl.evaluate import Bench
-    from mergectl.views import Renamed
 
+_ROUNDS = 16  # at most, so that tasks of many batches keep step with those of few
 _MASKED_ROUNDS = 4  # where every change of task costs as much as a merge, tasks take fewer and longer turns
 
 
@@ -68,17 +71,21 @@ class Judge:
         heads = {task: family.experts[name] for task, name in family.answering.items()}
         self.live = open_live(family.base, tasks, heads=heads, device=lab.torch_device())
         how: dict[str, Any] = {"split": split, "data": lab.data, "limit": limit, "batch_size": batch_size}
+        if inputs == "full":  # else padding is read, so that all rows are of one length
+            how["one_more"] = one_more(self.live.device)
         self.benches = self._benches(tasks, inputs, seed=lab.seed, **how)
+        self._shorten()
         answering = family.answering.items()
         self.task_of = {task.id: name for task in tasks for head, name in answering if answers(head, task)}
         self.head = self.live.one_head(population.blended)  # what is merged of heads, to be set per candidate
-        self.base = in_memory(population.base) if family.has_base else None
-        self.experts = {task: in_memory(weights) for task, weights in population.experts.items()}
+        identity = repr([row["digest"] for row in family.inputs])
+        shelf = None if scratch is None else Shelf(folder=scratch, share=share)
+        self.base = in_memory(population.base, shelf, f"base of {identity}") if family.has_base else None
+        self.experts = {task: in_memory(w, shelf, f"{task} of {identity}") for task, w in population.experts.items()}
         by_template = [each for bench in self.benches for each in (bench, *bench.others)]
         self.sheets = [Sheet(bench, visits(len(bench.batches))) for bench in by_template]
         masked = methods.describe(recipe.method).extra_bits > 0
-        self.rounds = rounds([len(bench.batches) for bench in by_template], _MASKED_ROUNDS if masked else None)
-        identity = repr([row["digest"] for row in family.inputs])
+        self.rounds = rounds([len(bench.batches) for bench in by_template], _MASKED_ROUNDS if masked else _ROUNDS)
         self.recombiner = self._recombiner(
             None if varying is None else frozenset(varying), again, identity, scratch, lab, share
         )
@@ -87,6 +94,15 @@ class Judge:
         from mergectl.bench import make_bench
 
         return [make_bench(task, with_inputs(self.live.preparer_of(task.id), inputs), **how) for task in tasks]
+
+    def _shorten(self) -> None:
+        """Let the model leave out what no head reads."""
+        from mergectl.bench import batch_logits
+
+        bench = self.benches[0]
+        if bench.task.kind != "text_to_text" and bench.batches:
+            model, last = self.live.use(bench.task.id), len(bench.batches) - 1  # the shortest rows
+            first_token_only(model, lambda: batch_logits(model, bench, last))
 
     def _recombiner(
         self, varying: frozenset[str] | None, again: bool, identity: str, scratch: Path | None, lab: Lab, share: float
@@ -196,12 +212,14 @@ class Sheet:
     bench: Bench
     visits: tuple[int, ...]
 
-    def asked(self, size: int) -> np.ndarray[Any, Any]:
-        """Return the rows in the order in which they are asked, by the number of rows of a whole batch."""
+    @functools.cached_property
+    def asked(self) -> np.ndarray[Any, Any]:
+        """The rows in the order in which they are asked."""
         import numpy as np
 
+        ends = np.cumsum([0, *self.bench.sizes])
         order = np.asarray(self.bench.order, dtype=np.int64)
-        return np.concatenate([order[b * size : (b + 1) * size] for b in self.visits])
+        return np.concatenate([order[ends[b] : ends[b + 1]] for b in self.visits])
 
     def mark(self, found: Sequence[np.ndarray[Any, Any]]) -> tuple[Answers, dict[str, float]]:
         """Put the answers to the batches so far beside the labels, and score them by the task's metrics."""
@@ -210,11 +228,11 @@ class Sheet:
         from mergectl.benchmarks import _metrics
 
         answers = np.concatenate(found)
-        rows = self.asked(len(found[0]))[: len(answers)]  # the first batch visited is the first one, which is whole
+        rows = self.asked[: len(answers)]
         labels, task = np.asarray(self.bench.labels)[rows], self.bench.task
         place = np.argsort(rows)  # in the rows' own order, so that no digit differs from another evaluation
         scores = _metrics.scores(task, labels[place].tolist(), answers[place])
-        return Answers(task.metric, labels, answers, len(self.bench)), scores
+        return Answers(task.metric, labels, answers, len(self.bench), rows), scores
 
 
 def visits(batches: int) -> tuple[int, ...]:
@@ -241,22 +259,3 @@ def rounds(batches: Sequence[int], most: int | None = None) -> list[list[tuple[i
     return [
         [(n, min(step, rest)) for n, (step, rest) in enumerate(zip(steps, row, strict=True)) if rest] for row in left
     ]
-
-
-def in_memory(weights: Renamed) -> dict[str, torch.Tensor]:
-    """Return all weights in float32: mapped from their file where they stand there so, else read."""
-    return {name: mapped(weights, name) for name in weights}
-
-
-def mapped(weights: Renamed, name: str) -> torch.Tensor:
-    """Return one weight in float32, as pages of its file where that holds it so: processes then share the memory."""
-    import numpy as np
-    import torch
-
-    place = weights.where(name) if weights.dtype(name) == "F32" else None
-    if place is None or place[2] == 0 or place[1] % 4:
-        return weights[name].float()
-    path, start, size = place
-    # Mode c: a write would go to a copy of the page, never to the file.
-    pages = np.memmap(path, dtype=np.float32, mode="c", offset=start, shape=(size // 4,))
-    return torch.from_numpy(pages).reshape(weights.shape(name))

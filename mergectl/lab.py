@@ -71,10 +71,12 @@ class Lab:
         return not self.store.places.empty()
 
     def tasks(self, words: Sequence[str]) -> list[Task]:
-        """Turn task arguments into tasks, the user's own included."""
+        """Turn task arguments into tasks, the user's own included, with data sets of the hub at the lab's commits."""
+        from mergectl import pins
         from mergectl.tasks import own_tasks, resolve
 
-        return resolve(words, own_tasks(self.own_tasks))
+        found, path = resolve(words, own_tasks(self.own_tasks)), self.folder / pins.FILE
+        return pins.pinned(found, self.data, path) if path.exists() else found
 
     def start(self, kind: str, config: Mapping[str, Any], **facts: Any) -> Run:
         """Begin a run: a row from its first moment. Of the processes of one training only the first one's is kept."""
@@ -91,11 +93,13 @@ class Lab:
         self, kind: str, config: Mapping[str, Any], seed: int | None = None, out: Path | None = None
     ) -> dict[str, Any] | None:
         """A finished run of exactly this work, so that it need not be done again; what it made must lie in `out`."""
+        from mergectl.artefacts import MODEL
         from mergectl.checkpoints import open_checkpoint
         from mergectl.store import digest_of
 
         digest = digest_of(dict(config))
-        if self.store.finished(digest, kind=kind) is None or (out is not None and not (out / "config.json").exists()):
+        gone = out is not None and not any((out / name).exists() for name in MODEL)
+        if gone or self.store.finished(digest, kind=kind) is None:
             return None
         found = self.store.query(
             "SELECT r.run_id FROM runs r LEFT JOIN artifacts a ON a.run_id = r.run_id AND a.kind = 'model' "

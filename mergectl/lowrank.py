@@ -9,6 +9,8 @@ from mergectl.errors import UserError
 from mergectl.naming import is_backbone, is_writer
 
 if TYPE_CHECKING:
+    import torch
+
     from mergectl.finetune_config import FinetuneConfig
 
 # The first row whose modules the model has: attention query and value for LoRA; key, value and feed-forward for IA3.
@@ -76,6 +78,14 @@ def _has(model: Any, names: tuple[str, ...]) -> bool:
 def _nothing(model: Any, config: FinetuneConfig) -> str:
     kind = model.config.model_type
     return f"No layers for {config.peft} are known in a {kind} model. Name them: --targets q_proj,v_proj"
+
+
+def factors(model: Any) -> dict[str, torch.Tensor]:
+    """A copy of the factors of LoRA as they are now, under the names that peft gives them on disk."""
+    from mergectl.masking import trainable
+
+    found = trainable(model)[0].items()
+    return {name: weight.detach().cpu().clone().contiguous() for name, weight in found if ".lora_" in name}
 
 
 def head_modules(model: Any) -> list[str]:

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from mergectl.aligned import aligned
+from mergectl.bodies import split_heads
 from mergectl.errors import UserError, did_you_mean
-from mergectl.inputs import Subset, Weights, split_heads
+from mergectl.inputs import Subset, Weights
 from mergectl.methods._contract import MergeWarning
 from mergectl.plan import Recipe, Refinements, recipe_of
 from mergectl.settings import describe

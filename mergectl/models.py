@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergectl.checkpoints import INDEX as SHARDED
-from mergectl.checkpoints import PICKLED, PICKLED_INDEX, Checkpoint, find_folder, open_checkpoint, read_json
+from mergectl.checkpoints import PICKLED, PICKLED_INDEX, Checkpoint, exact, find_folder, open_checkpoint, read_json
 from mergectl.checkpoints import SINGLE as WHOLE
 from mergectl.clip import HEAD, TextTower, is_zero_shot
 from mergectl.decoders import answer_at_last_token
@@ -59,9 +59,9 @@ def open_source(ref: str | Path | Checkpoint) -> Source:
         return Source(str(ref), found.folder, found.config, found, found.meta)
     folder = find_folder(ref)
     if (folder / "config.json").exists() and not any((folder / name).exists() for name in WEIGHTS):
-        return Source(str(ref), folder, read_json(folder / "config.json"), None, {})
+        return Source(exact(str(ref), folder), folder, read_json(folder / "config.json"), None, {})
     found = open_checkpoint(folder)
-    return Source(str(ref), folder, found.config, found, found.meta)
+    return Source(exact(str(ref), folder), folder, found.config, found, found.meta)
 
 
 def head_labels(task: Task) -> tuple[str, ...]:

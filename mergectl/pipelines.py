@@ -9,10 +9,11 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from mergectl import pinning
 from mergectl.config import PipelineFile, read_file, read_value
 from mergectl.errors import UserError, did_you_mean
 from mergectl.lab import Lab
-from mergectl.steps import KEYS, STEPS, words_of
+from mergectl.steps import KEYS, STEPS, adapter_maker, words_of
 from mergectl.terminal import print_table
 
 SHIPPED = Path(__file__).parent / "recipes"
@@ -107,8 +108,13 @@ def run(
     dry_run: bool = False,
     smoke: bool = False,
     finish: bool = True,
+    pins: Path | None = None,
+    update_pins: bool = False,
 ) -> None:
-    """Execute a pipeline's steps in order; one that a finished run already did is skipped. Then show the scores."""
+    """Execute a pipeline's steps in order; one that a finished run already did is skipped. Then show the scores.
+
+    Hub ids are pinned to commits before the first step: to those of the file `pins`, of the lab, or the present ones.
+    """
     pipeline = load(name, changes, smoke=smoke)
     lab = _set_up(lab, pipeline, changes)
     if smoke:  # in a lab of its own: its scores mean nothing
@@ -118,10 +124,14 @@ def run(
         check(lab, step, number)
     if dry_run:
         _plan(lab, pipeline, folder)
+        if not smoke and (found := pinning.shown(lab, pipeline.steps, pins, renew=update_pins)):
+            print("\n".join(["", "From the hub:", *(f"  {what}: {state}" for what, state in found)]))
         return
     lab.terminal.say(pipeline.title)
     if smoke:
         lab = _make_small(lab, pipeline, folder)
+    else:
+        pinning.settle(lab, pipeline.steps, pins, renew=update_pins)
     began = time.perf_counter()
     for number, step in enumerate(pipeline.steps, 1):
         verb = _verb(step)
@@ -208,6 +218,7 @@ def check(lab: Lab, step: Mapping[str, Any], number: int) -> None:
         given = what.get("settings") or what.get("fix") or {}
         recipe_of(what["method"], given, what.get("refine", []), lab.seed)
     _check_options(f"Step {number} of the pipeline", what.get("options", {}))
+    adapter_maker(what)
     check_sampler(what.get("sampler", "random"))
     check_purpose(what.get("for", "none"), owned(what), check_grid(what.get("grid", {})), what.get("by_task", {}))
     lab.tasks([*words_of(what, "tasks"), *words_of(what, "on")])

@@ -41,6 +41,14 @@ class Answers:
     labels: Array  # of the rows asked so far
     found: Array  # label ids, or numbers for regression
     total: int  # rows of the task
+    rows: Array | None = None  # which these are; None where they stand in the task's own order
+
+    def at(self, rows: Array | None, count: int) -> Array:
+        """Return the answers to some rows, by default to the first `count`; all rows have been answered."""
+        import numpy as np
+
+        own = self.found if self.rows is None else self.found[np.argsort(self.rows)]
+        return own[:count] if rows is None else own[rows]
 
 
 @dataclass(frozen=True)
@@ -83,7 +91,7 @@ class Pruner:
         """Say whether the candidate is behind by more than the rows that it has not seen can explain."""
         if any(len(own.found) < min(_FEWEST, own.total) for own in candidate.answers.values()):
             return False
-        pairs = [(own, incumbent.answers[task].found[: len(own.found)]) for task, own in candidate.answers.items()]
+        pairs = [(own, incumbent.answers[task].at(own.rows, len(own.found))) for task, own in candidate.answers.items()]
         gap = sum(difference(*pair) for pair in pairs) / len(pairs)
         behind = NormalDist().inv_cdf(1 - self.significance / max(candidate.looks, 1))
         spread = 0.0
@@ -123,7 +131,10 @@ def _gap(own: Answers, other: Array, rows: Any) -> float:
 
 
 def pack(verdict: Verdict) -> str:
-    """Return a verdict's answers as a short text, for a journal that other processes read."""
+    """Return a whole verdict's answers as a short text, for a journal that other processes read.
+
+    They stand in the rows' own order: another machine may make other batches of the rows.
+    """
     import numpy as np
 
     def text(found: Array) -> str:
@@ -131,7 +142,8 @@ def pack(verdict: Verdict) -> str:
         kept = small if np.array_equal(small, found) else found.astype(np.float64)
         return f"{kept.dtype.str}:{base64.b64encode(zlib.compress(kept.tobytes())).decode()}"
 
-    return json.dumps({task: text(answers.found) for task, answers in verdict.answers.items()})
+    whole = {task: own.at(None, own.total) for task, own in verdict.answers.items()}
+    return json.dumps({task: text(found) for task, found in whole.items()})
 
 
 def unpack(scores: Mapping[str, float], text: str) -> Verdict:

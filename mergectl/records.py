@@ -10,7 +10,9 @@ from typing import Any
 
 from mergectl import artefacts
 from mergectl.families import Family
+from mergectl.pins import origin
 from mergectl.stacking import parts_of
+from mergectl.weights import Checkpoint
 
 
 def write_records(
@@ -46,7 +48,7 @@ def card(recipe: Mapping[str, Any], family: Family) -> str:
         "---", "library_name: transformers", "tags: [merge, mergectl]", *lineage, "---", "",
         f"# Merged with `{recipe['method']}`", "",
         f"Base: `{family.base.ref if family.has_base else 'none'}`", "", "| task | expert |", "| --- | --- |",
-        *(f"| {family.task_ids[task]} | `{expert.ref}` |" for task, expert in family.experts.items()), "",
+        *(f"| {family.task_ids[task]} | `{_from_where(expert)}` |" for task, expert in family.experts.items()), "",
         "Recipe:", "", "```json", json.dumps(recipe, indent=2, default=str), "```", "", *notes,
         "The folder is a plain transformers checkpoint: `AutoModel.from_pretrained(folder)`. Each task's head is in",
         "`tasks/<task>/head.safetensors`; `mergectl eval` puts it on by itself, and `mergectl merge ... --export TASK`",
@@ -55,9 +57,15 @@ def card(recipe: Mapping[str, Any], family: Family) -> str:
     return "\n".join(lines)
 
 
+def _from_where(model: Checkpoint) -> str:
+    """Where a model came from; of a folder in the hub's cache, the hub id, its commit and the place in there."""
+    found = origin(model.folder) if str(model.ref) == str(model.folder) else None
+    return str(model.ref) if found is None else f"{found[0]}@{found[1]}: {found[2]}"
+
+
 def _hub_ids(family: Family) -> list[str]:
     """The inputs that came from the model hub, without revisions."""
     models = [*([family.base] if family.has_base else []), *family.experts.values()]
-    refs = [str(part.ref) for model in models for part in parts_of(model)]
-    hub = [ref for ref in refs if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", ref) and not Path(ref).exists()]
+    refs = [_from_where(part) for model in models for part in parts_of(model)]
+    hub = [ref for ref in refs if re.fullmatch(r"[\w.-]+/[\w.-]+(@.+)?", ref) and not Path(ref).exists()]
     return list(dict.fromkeys(ref.partition("@")[0] for ref in hub))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergectl.lab import Lab
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
 # What a model's making saw of the rows that score it: an adaptation unlabelled ones; a search, or a fine-tuning that
 # chose on them, even their labels.
 SAW = "SELECT run_id, key, value FROM environment WHERE key IN ('saw', 'searched_on') AND value LIKE '%report%'"
+PLACES = """SELECT run_id, path FROM artifacts WHERE kind = 'model'
+UNION ALL SELECT run_id, ref FROM inputs WHERE role = 'model'"""  # of what a run made, or evaluated
 RELATIVE = "SELECT coalesce(run_id, eval_run) AS run_id, task, relative_to_expert FROM leaderboard WHERE split = ?"
 
 
@@ -97,7 +101,19 @@ def read_board(lab: Lab, split: str, suite: str | None) -> Board:
         relative.setdefault(row["run_id"], {})[row["task"]] = row["relative_to_expert"]
     notes = lab.store.query(SAW).rows
     saw = {run: value.strip('"') if key == "saw" else "labelled report inputs" for run, key, value in notes}
-    return Board(split, tuple(groups_of(table, cost, relative, saw)))
+    places = {str(run): str(path) for run, path in lab.store.query(PLACES).rows}
+    return Board(split, tuple(_told_apart(group, places) for group in groups_of(table, cost, relative, saw)))
+
+
+def _told_apart(group: Group, places: Mapping[str, str]) -> Group:
+    """Experts whose folders have one name, as small/sst2 and whole/sst2, are called by the folder above as well."""
+    names = Counter(row.name for row in group.rows if row.kind == "expert")
+    rows = tuple(
+        replace(row, model="/".join(Path(places[row.run_id]).parts[-2:]))
+        if names[row.name] > 1 and row.run_id in places else row
+        for row in group.rows
+    )  # fmt: skip
+    return replace(group, rows=rows)
 
 
 def groups_of(

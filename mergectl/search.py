@@ -32,6 +32,7 @@ QUEUED = 32  # candidates that wait in the study for workers to take them
 LOSSES = 3  # workers that may die of one candidate before it is given up
 LEADS = 5.0  # seconds between a leader's signs of life
 Seen = Callable[[Trial, "Verdict | None"], None]
+Lost = Callable[[int], None]  # told how many trials were lost with their workers, each time that it is known
 
 
 class Crew(Protocol):
@@ -70,7 +71,14 @@ def read(study: optuna.Study) -> Ledger:
     return ledger
 
 
-def search(study: optuna.Study, plan: Plan, judge: Judge | None, seen: Seen, crew: Crew | None = None) -> list[Trial]:
+def search(
+    study: optuna.Study,
+    plan: Plan,
+    judge: Judge | None,
+    seen: Seen,
+    crew: Crew | None = None,
+    lost: Lost = lambda count: None,
+) -> list[Trial]:
     """Have the plan's candidates scored, by `judge` here or by a crew; return all trials in their order."""
     proposals = SAMPLERS[plan.sampler].propose(plan)
     batch = next(proposals)
@@ -78,7 +86,7 @@ def search(study: optuna.Study, plan: Plan, judge: Judge | None, seen: Seen, cre
     with _leading(study):
         watch = Watch()
         fail_lost(study, watch, first=True)
-        queue = Queue(study, plan, judge, crew, watch, frozenset(read(study).done))
+        queue = Queue(study, plan, judge, crew, watch, frozenset(read(study).done), lost)
         with contextlib.suppress(StopIteration):
             while True:
                 candidates = range(len(results), len(results) + len(batch))
@@ -112,12 +120,14 @@ class Queue:
     crew: Crew | None
     watch: Watch
     before: frozenset[int]  # candidates that an earlier session finished
+    lost: Lost
 
     def settle(self, wanted: dict[int, Mapping[str, Any] | None], results: dict[int, Trial], seen: Seen) -> None:
         """Have these candidates finished, queueing what is not yet; tell of each as it is."""
         looked = time.monotonic()
         while True:
             ledger = read(self.study)
+            self.lost(ledger.losses.total())
             self._collect(ledger, wanted, results, seen)
             if not wanted:
                 return

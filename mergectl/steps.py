@@ -100,7 +100,16 @@ def _job(lab: Lab, folder: Path, what: Mapping[str, Any]) -> Any:
 def _merge(lab: Lab, folder: Path, what: dict[str, Any]) -> bool:
     from mergectl.verbs import merge_models
 
-    return bool(merge_models(lab, _job(lab, folder, what), folder / what["out"], reuse=True)["again"])
+    make = adapter_maker(what) or merge_models
+    return bool(make(lab, _job(lab, folder, what), folder / what["out"], reuse=True)["again"])
+
+
+def adapter_maker(what: Mapping[str, Any]) -> Callable[..., Any] | None:
+    """What merges where a step asks for an adapter; None where it does not."""
+    from mergectl.adapter_merge import making
+
+    others = ["layer-map"] if what.get("layer_map") else []
+    return making(bool(what.get("adapter")), what.get("adapter_rank"), what.get("adapter_mode"), others)
 
 
 def _eval(lab: Lab, folder: Path, what: dict[str, Any]) -> bool:
@@ -146,7 +155,7 @@ MORE = ("objective", "sigma", "population", "workers", "prune", "split", "allow_
 MODELS = ("base", "refine", "layer_map", "depth", "head", "layout", "only", "options")
 KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "finetune": (("tasks", "base"), ("out", "grid", "by_task")),
-    "merge": (("method", "experts", "out"), ("settings", *MODELS)),
+    "merge": (("method", "experts", "out"), ("settings", "adapter", "adapter_rank", "adapter_mode", *MODELS)),
     "eval": (("models",), (
         "on", "heads", "limit", "answer_metric", "conflict", "layout", "only", "base", "seed", "flops", "inputs",
     )),

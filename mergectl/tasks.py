@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from mergectl import plugins
 from mergectl.errors import UserError, did_you_mean
+from mergectl.pins import COMMIT
 
 if TYPE_CHECKING:
     from mergectl.benchmarks._contract import Task
@@ -116,9 +117,13 @@ def declared(specs: Mapping[str, Mapping[str, object]], path: Path) -> dict[str,
 
 
 def task_version(task: Task) -> int | str:
-    """What decides a task's rows: its version; for the user's own files what they hold and how they are read."""
+    """What decides a task's rows: its version, and the commit of its data set where the lab pins one.
+
+    For the user's own files it is what they hold and how they are read.
+    """
     if not task.files:
-        return task.version
+        fixed = task.revision is not None and COMMIT.fullmatch(task.revision)
+        return f"{task.version}, {task.hub}@{task.revision}" if fixed else task.version
     content = {use: hashlib.sha256(Path(path).read_bytes()).hexdigest() for use, path in task.files.items()}
     read = (content, task.kind, task.inputs, task.label, task.labels, task.metric, task.parts)
     return hashlib.sha256(repr(read).encode()).hexdigest()

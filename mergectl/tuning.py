@@ -104,7 +104,8 @@ def _run_study(prepared: Prepared, run: Run) -> tuple[list[Trial], dict[str, flo
         study.set_user_attr("searched_on", job.split)
         with _crew(prepared) as crew:
             judge = prepared.judge() if crew is None else None
-            trials = search(study, plan, judge, _noting(prepared, run, recorded, shown), crew)
+            seen = _noting(prepared, run, recorded, shown)
+            trials = search(study, plan, judge, seen, crew, shown.lose)
         lab.terminal.say(shown.line())
         if plan.prune is not None and shown.total:
             run.metric("evaluated_share", shown.rows / shown.total, split=job.split)

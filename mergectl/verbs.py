@@ -16,6 +16,7 @@ from mergectl.families import Family, open_family
 from mergectl.lab import Lab, versions
 from mergectl.merge import MergeJob, checked, described
 from mergectl.open_clip import layout
+from mergectl.pins import COMMIT
 from mergectl.ranks import leads
 from mergectl.stacking import parts_of
 from mergectl.supplies import asked_by, settled_options, supplies_of
@@ -149,7 +150,7 @@ def finetune_experts(
     source = base_source(lab, base)
     if source.weights is None:
         lab.terminal.say(f"note: {base} holds no weights: training starts from fresh ones.")
-    where: dict[str, Any] = {"base": str(source.folder or source.ref), "seed": lab.seed, "device": lab.torch_device()}
+    where: dict[str, Any] = {"base": _begun_from(source, options), "seed": lab.seed, "device": lab.torch_device()}
     owned = [(masked or {}).get(task.id) for task in tasks]
     configs = [
         FinetuneConfig(
@@ -177,6 +178,16 @@ def base_source(lab: Lab, base: str) -> Source:
     from mergectl.models import open_source
 
     return open_source(lab.find_run(base) or base if "/" not in base and not Path(base).exists() else base)
+
+
+def _begun_from(source: Source, options: Mapping[str, Any]) -> str:
+    """The base as an expert's record names it: the folder, or the hub id and commit, which other machines have, too.
+
+    An adapter's own file has no room for a commit in the base's name.
+    """
+    if source.folder is None or COMMIT.fullmatch(source.ref.rpartition("@")[2]) is None:
+        return str(source.folder or source.ref)
+    return source.ref if options.get("peft", "none") == "none" else str(source.folder)
 
 
 def finetune_one(

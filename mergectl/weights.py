@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from mergectl.digests import blake3
 from mergectl.errors import UserError
 from mergectl.headers import TORCH_TO_WORD, WORD_TO_TORCH, Entry, read_header
+from mergectl.pins import without_commit
 
 if TYPE_CHECKING:
     import torch
@@ -104,7 +105,8 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
     @property
     def label(self) -> str:
         """A short name for tables: the folder's name, or the hub id."""
-        return self.folder.name if self.ref.startswith((".", "/")) or Path(self.ref).exists() else self.ref
+        local = self.ref.startswith((".", "/")) or Path(self.ref).exists()
+        return self.folder.name if local else without_commit(self.ref)
 
     @property
     def task(self) -> str | None:

@@ -12,7 +12,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 Judge: TypeAlias = Callable[..., Verdict]  # called with settings and, where candidates may be stopped, a watch
 BEAT = 5.0  # seconds between signs of life
 PATIENCE = 60.0  # seconds without one after which a worker is taken for dead
+RESULT = ("scores", "metrics", "rows", "total", "mean")  # what a finished trial says of its candidate
 PAUSE = 0.05  # seconds between looks at an empty queue
 
 
@@ -84,6 +85,8 @@ def attempt(study: optuna.Study, plan: Plan, number: int, judge: Judge) -> None:
     with _beats(study, trial._trial_id):
         try:
             params = trial.params or draw(study, plan, trial)
+            if repeated(study, number, params):
+                return
             settings = to_settings(params, plan.dimensions, plan.fixed)
             if plan.prune is None:
                 verdict = judge(settings)
@@ -96,6 +99,18 @@ def attempt(study: optuna.Study, plan: Plan, number: int, judge: Judge) -> None:
             finish(study, number, TrialState.FAIL)
             raise
     told(study, plan, number, verdict)
+
+
+def repeated(study: optuna.Study, number: int, params: Mapping[str, Any]) -> bool:
+    """Give a trial the result of an earlier one of the very same candidate, if it was evaluated in full."""
+    from optuna.trial import TrialState
+
+    done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    first = next((trial for trial in done if trial.params == params), None)
+    if first is None:
+        return False
+    facts = {key: first.user_attrs[key] for key in RESULT if key in first.user_attrs}
+    return finish(study, number, TrialState.COMPLETE, first.values, **facts, seconds=0.0, repeats=first.number)
 
 
 def told(study: optuna.Study, plan: Plan, number: int, verdict: Verdict) -> None:

@@ -19,6 +19,7 @@ from mergectl.benchmarks import _rows
 from mergectl.benchmarks._contract import Task
 from mergectl.errors import UserError
 from mergectl.families import Family, open_family
+from mergectl.heads import open_live
 from mergectl.lab import Lab
 from mergectl.merge import MergeJob
 from mergectl.merging import MergeWarning
@@ -186,6 +187,73 @@ def test_clip_is_adapted_by_its_zero_shot_heads(
     assert "vision_model.encoder.layers.0.self_attn.q_proj.weight" in table["kept_rank"]
     assert set(table["coefficients"]) == {n for n in load_file(tmp_path / "m" / "model.safetensors") if "text" not in n
                                           and n != "logit_scale" and "position_ids" not in n}  # fmt: skip
+
+
+def test_frozen_heads_stay_bit_for_bit_while_adapting_and_in_the_model_that_is_saved(
+    base: Path, data: Path, experts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    supplied: list[LabEntropy] = []
+    call = LabEntropy.__call__
+
+    def listen(self: LabEntropy, weights: Any, step: int) -> float:
+        supplied.append(self)
+        return call(self, weights, step)
+
+    monkeypatch.setattr(LabEntropy, "__call__", listen)
+    lab, own = (
+        Lab(device="cpu", data=data),
+        {task: load_file(path / "model.safetensors") for task, path in experts.items()},
+    )
+    recipe = recipe_of("adarank", {"steps": 4, "lr": 0.05, "start": "cart"}, [], 0)
+    job = MergeJob(recipe, tuple((task, str(path)) for task, path in experts.items()), str(base),
+                   options={"adapt": {"batch_size": 2, "score_every": 2}})  # fmt: skip
+    merge_models(lab, job, tmp_path / "m")
+    before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "m" / "model.safetensors")
+    assert any(not torch.equal(after[name], before[name]) for name in before)
+    saved = open_live(tmp_path / "m", lab.tasks([*experts]), device="cpu")
+    for task, weights in own.items():
+        for live in (supplied[-1].live, saved):
+            head = dict(live.use(task).named_parameters())["classifier.weight"]
+            assert torch.equal(head.detach(), weights["classifier.weight"])
+
+
+def test_trained_heads_and_token_tables_stay_bit_for_bit_while_adapting(tmp_path: Path) -> None:
+    opened = family(tmp_path, "roberta", [models.MOOD])
+    job = MergeJob(recipe_of("adarank", {"steps": 3, "lr": 0.05}, [], 0), ((None, str(tmp_path / "mood")),),
+                   str(tmp_path / "base"), options={"adapt": {"batch_size": 4}})  # fmt: skip
+    merge_models(TinyLab(device="cpu"), job, tmp_path / "m")
+    head, own = load_file(tmp_path / "m" / "tasks" / "mood" / "head.safetensors"), tiny.weights(tmp_path / "mood")
+    assert set(head) == set(opened.population.heads["mood"])
+    assert all(torch.equal(x, own[name]) for name, x in head.items())
+    before, after = tiny.weights(tmp_path / "base"), tiny.weights(tmp_path / "m")
+    tables = [name for name in before if "_embeddings.weight" in name]
+    assert tables
+    assert all(torch.equal(after[name], before[name]) for name in tables)
+    assert not torch.equal(*(x["encoder.layer.0.attention.self.query.weight"] for x in (before, after)))
+
+
+def test_any_finished_merge_may_be_the_origin_of_the_vectors(cli: Cli, population: Path) -> None:
+    two = ["--experts", population / "parity", population / "loop", "--lr", 0.05, "--steps", 4]
+    assert cli(*words(population, "there", "adarank", "--start", "tsv", "--steps", 4)) == 0
+    assert cli("merge", "tsv_m", "--base", population / "base", *two[:3], "-o", "tsv") == 0
+    how = ["--rank-ratio", 0.16, "--scale", 1]
+    assert cli("merge", "adarank", "--base", "tsv", *two, "-o", "from", *how) == 0
+    one, other, start = (tiny.weights(Path(name)) for name in ("there", "from", "tsv"))
+    assert all(torch.allclose(one[name], other[name], atol=1e-5) for name in one)
+    assert any(not torch.allclose(one[name], start[name], atol=1e-3) for name in one)
+
+
+def test_the_live_model_computes_with_the_candidate_weights_themselves(tmp_path: Path) -> None:
+    opened, lab = family(tmp_path, "roberta"), TinyLab(device="cpu")
+    supply, weights = LabEntropy(lab, opened, read_options({"batch_size": 4})), candidates(opened)
+    first = supply(weights, 0)
+    places = {x.data_ptr() for x in live_tensors(supply.live.model).values()}
+    assert all(x.data_ptr() in places for name, x in weights.items() if name not in supply.live.unused)
+    before = {name: x.detach().clone() for name, x in weights.items()}
+    other = {name: torch.zeros_like(x) for name, x in weights.items()}
+    supply.score(other)
+    assert all(torch.equal(x, before[name]) for name, x in weights.items())
+    assert supply(weights, 0) == first
 
 
 def test_a_run_keeps_what_was_learned_step_by_step(cli: Cli, population: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,32 @@ def test_every_merge_on_the_device_is_that_of_the_processor(dtype: torch.dtype) 
         for piece in merge_stream(recipe_of(name), base, experts, supplies=given, device="cuda"):
             assert piece.weight.device.type == "cpu"
             torch.testing.assert_close(piece.weight, wanted[piece.name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("hold", ["float32", "bfloat16", "disk", "kept"])
+def test_an_adaptation_on_the_device_is_that_of_the_processor(cli: Cli, population: Path, hold: str) -> None:
+    how = ["--experts", population / "parity", population / "loop", "--steps", 3, "--lr", 0.05, "--start", "cart"]
+    for device in ("cpu", "cuda"):
+        words = [
+            "--device",
+            device,
+            "merge",
+            "adarank",
+            "--base",
+            population / "base",
+            *how,
+            "--hold",
+            hold,
+            "-o",
+            device,
+        ]
+        assert cli(*words) == 0
+    one, other = (json.loads(Path(device, "adaptation.json").read_text()) for device in ("cpu", "cuda"))
+    assert other["entropy"] == pytest.approx(one["entropy"], abs=1e-3)
+    kept = [sum(sum(ranks) for ranks in found["kept_rank"].values()) for found in (one, other)]
+    assert kept[1] == pytest.approx(kept[0], rel=0.05)  # of components that are nothing rounding decides
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import shutil
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from mergectl import merging
+from mergectl.bench import logits, make_bench
 from mergectl.components import Shelf
 from mergectl.errors import UserError
-from mergectl.evaluate import score_model
+from mergectl.evaluate import evaluate, score_model
 from mergectl.families import open_family
-from mergectl.judging import Judge, in_memory, rounds, visits
+from mergectl.heads import open_live
+from mergectl.in_memory import in_memory
+from mergectl.judging import Judge, rounds, visits
 from mergectl.lab import Lab
+from mergectl.merge import MergeJob, merge
 from mergectl.methods._contract import MergeWarning
 from mergectl.plan import Recipe, recipe_of
 from mergectl.pruning import Verdict
 from mergectl.recombine import Recombiner, linear_setting
+from tests import tiny_models as tiny
 
 TASKS = ("parity", "loop", "digit")
 EACH = {"parity": 0.7, "loop": -0.4, "digit": 1.1}
@@ -248,6 +256,27 @@ def test_turns_and_batches_change_no_score(population: Path, method: str) -> Non
     assert verdict.scores == {bench.task.id: score_model(judge.live, bench)["score"] for bench in judge.benches}
 
 
+def test_texts_are_scored_in_packed_batches_as_evaluate_scores_them(tmp_path: Path) -> None:
+    tasks = [tiny.MOOD, replace(tiny.MOOD, name="second", labels=("b", "a"))]
+    base = tiny.base(tmp_path / "base", "bert")
+    experts = [tiny.expert(tmp_path / task.name, "bert", task, seed) for seed, task in enumerate(tasks, 1)]
+    family = open_family(str(base), [(None, str(expert)) for expert in experts])
+    judge = Judge(Lab(device="cpu"), recipe_of("task_arithmetic"), family, tasks, varying=["scale"], batch_size=16)
+    verdict = judge({"scale": 0.3})
+    folder, out = [(None, str(expert)) for expert in experts], tmp_path / "merged"
+    job = MergeJob(replace(recipe_of("task_arithmetic"), settings={"scale": 0.3}), tuple(folder), str(base))
+    merge(job, family, out, facts={}, force=False, progress=lambda *_: None)
+    plain = evaluate(out, tasks, split="tune", batch_size=16, device="cpu")
+    assert verdict.scores == plain.scores
+    for task in tasks:
+        answers = verdict.answers[task.id]
+        bench = make_bench(task, judge.live.preparer, split="tune", batch_size=16)
+        assert answers.rows is not None
+        assert np.array_equal(np.asarray(bench.labels)[answers.rows], answers.labels)
+        found = logits(open_live(out, tasks, device="cpu").use(task.id), bench).argmax(1)
+        assert np.array_equal(found[answers.rows], answers.found)
+
+
 def test_masked_candidates_follow_each_other(population: Path) -> None:
     judge, other = make(population, "emr"), make(population, "emr")
     judge({"rescaler": "global_sum"})
@@ -406,3 +435,22 @@ def test_no_warning_is_made_of_parts_and_units(population: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         judge({"scale": {"encoder.layer.0.*": 0.2, "*": 0.9}})
+
+
+def test_weights_of_another_type_are_converted_once_for_all_processes(tmp_path: Path, population: Path) -> None:
+    half = {n: w.half() for n, w in load_file(population / "loop" / "model.safetensors").items()}
+    shutil.copytree(population / "loop", tmp_path / "loop")
+    save_file(half, tmp_path / "loop" / "model.safetensors", {"format": "pt"})
+    view = open_family(str(population / "base"), [(None, str(tmp_path / "loop"))]).population.experts["loop"]
+    first, second = (in_memory(view, Shelf(folder=tmp_path / "shared"), "loop") for _ in range(2))
+    assert len(list((tmp_path / "shared").glob("*.f32"))) == 1
+    for name, weight in in_memory(view).items():
+        assert weight.dtype == torch.float32
+        assert torch.equal(first[name], weight)
+        assert torch.equal(second[name], weight)
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if "/shared/" in line]
+    pages = [tuple(int(end, 16) for end in words[0].split("-")) for words in lines]
+    assert all(any(start <= x.data_ptr() < stop for start, stop in pages) for x in second.values())
+    next(iter(first.values())).zero_()
+    assert torch.equal(second[name], in_memory(view)[name])
+    assert len(list((tmp_path / "shared").glob("*.part"))) == 0

@@ -191,7 +191,10 @@ def test_a_wrong_map_is_refused(words: tuple[str, ...], cli: Cli, capsys: pytest
     assert WRONG[words] in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("key", ["hidden_size", "num_attention_heads", "intermediate_size", "vocab_size"])
+ALIKE = ["hidden_size", "num_attention_heads", "intermediate_size", "vocab_size", "max_position_embeddings"]
+
+
+@pytest.mark.parametrize("key", ALIKE)
 def test_models_that_differ_in_more_than_depth_are_refused(
     key: str, cli: Cli, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -193,19 +193,20 @@ def test_a_reference_mask_says_which_model_it_was_made_against(
 
 
 @pytest.mark.slow
-def test_adapters_own_their_parts(cli: Cli, population: Path) -> None:
-    words = [*PAIR, "--base", str(population / "base"), "--peft", "lora", "--lr", "1e-2"]
+@pytest.mark.parametrize(("peft", "part", "start"), [("lora", "lora_B", 0.0), ("ia3", "ia3_l", 1.0)])
+def test_adapters_own_their_parts(cli: Cli, population: Path, peft: str, part: str, start: float) -> None:
+    words = [*PAIR, "--base", str(population / "base"), "--peft", peft, "--lr", "1e-2"]
     assert cli(*words) == 0
     masks = [dict(load_masks(Path(f"runs/masks/{task}.safetensors"))) for task in ("parity", "loop")]
     files = [load_file(f"runs/{task}/adapter/adapter_model.safetensors") for task in ("parity", "loop")]
     assert masks[0]
-    assert all(".lora_" in name for name in masks[0])
+    assert all(f".{peft}_" in name for name in masks[0])
     for name, mask in masks[0].items():
         assert not (mask & masks[1][name]).any()
         both = ~mask & ~masks[1][name]
         assert torch.equal(files[0][name][both], files[1][name][both])
-        if "lora_B" in name:
-            assert (files[0][name][~mask] == 0).all()
+        if part in name:  # what begins alike everywhere
+            assert all((file[name][~own[name]] == start).all() for file, own in zip(files, masks, strict=True))
 
 
 WRONG: list[tuple[list[str], str]] = [

@@ -59,6 +59,18 @@ def test_a_smoke_run_shows_that_owned_experts_do_not_collide(cli: Cli, capsys: C
 
 
 @pytest.mark.slow
+def test_a_smoke_run_merges_divided_factors_into_an_adapter(cli: Cli, capsys: Capture) -> None:
+    experts = json.dumps([f"glue-t5/{task}=@experts/{task}/adapter" for task in ("cola", "rte")])
+    changes = ["peft=lora", "adapter=true", "adapter_mode=factors", f"experts={experts}"]
+    assert cli("run", "medusa-joint", "--smoke", *(word for change in changes for word in ("--set", change))) == 0
+    assert "start.safetensors" in {path.name for path in Path("lab/smoke/runs/medusa-joint/medusa").iterdir()}
+    capsys.readouterr()
+    question = "select distinct value from metrics where name = 'factors/sign_conflict'"
+    assert cli("--json", "--store", "lab/smoke/mergectl.duckdb", "report", "--sql", question) == 0
+    assert json.loads(capsys.readouterr().out) == [{"value": 0.0}]
+
+
+@pytest.mark.slow
 def test_a_smoke_run_beside_a_finished_expert(cli: Cli) -> None:
     assert cli("run", "medusa-partial", "--smoke") == 0
     assert Path("lab/smoke/runs/medusa-partial/experts/masks/rte.safetensors").exists()

@@ -146,3 +146,19 @@ def test_without_an_incumbent_nothing_is_stopped_but_all_is_reported() -> None:
     worst = answering(rng, dict.fromkeys(labels, 0.0), labels)
     assert [watch(step, verdict(worst, labels, 64)) for step in range(3)] == [False] * 3
     assert told == [(0, 0.5), (1, 0.5), (2, 0.5)]
+
+
+def test_rows_asked_in_another_order_are_compared_row_by_row() -> None:
+    rng = np.random.default_rng(0)
+    labels, mine, best = (rng.integers(0, 2, 200) for _ in range(3))
+    one, other = rng.permutation(200), rng.permutation(200)
+    incumbent = Verdict({"a": 0.5}, 0.0, answers={"a": Answers("accuracy", labels[other], best[other], 200, other)})
+    for seen in (30, 120):
+        rows = one[:seen]
+        own = Answers("accuracy", labels[rows], mine[rows], 200, rows)
+        for known in (incumbent, unpack(incumbent.scores, pack(incumbent))):
+            assert np.array_equal(known.answers["a"].at(own.rows, seen), best[rows])
+        candidate = Verdict({"a": 0.5}, 0.0, looks=7, answers={"a": own})
+        assert Pruner(0.5).hopeless(candidate, incumbent) == Pruner(0.5).hopeless(
+            candidate, unpack(incumbent.scores, pack(incumbent))
+        )

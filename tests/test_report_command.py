@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
@@ -103,6 +104,19 @@ def test_the_leaderboard_goes_from_the_base_over_the_experts_to_the_merges(say: 
     assert shown[:2] == ["base", "experts"]
     assert {"expert digit", "expert loop", "expert parity"} == set(shown[2:5])
     assert set(shown[5:]) == set(HOW)
+
+
+def test_experts_in_folders_of_one_name_are_told_apart(cli: Cli, population: Path) -> None:
+    from mergectl.lab import Lab
+    from mergectl.scoreboard import read_board
+
+    for task in ("parity", "loop"):
+        shutil.copytree(population / task, Path(task) / "tiny_lr1e-05")
+    experts = [f"{task}/tiny_lr1e-05" for task in ("parity", "loop")]
+    assert cli("merge", "average", "--base", population / "base", "--experts", *experts, "-o", "m") == 0
+    assert cli("eval", "m", "--references") == 0
+    (group,) = read_board(Lab(), "report", None).groups
+    assert sorted(row.model for row in group.rows if row.kind == "expert") == sorted(experts)
 
 
 def test_the_leaderboard_shows_the_scores_in_percent(say: Say) -> None:

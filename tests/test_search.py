@@ -28,7 +28,7 @@ from mergectl.pruning import Answers, Verdict
 from mergectl.samplers import SAMPLERS, check_plan
 from mergectl.search import search
 from mergectl.space import Dimension
-from mergectl.studies import claim, open_study
+from mergectl.studies import claim, load_study, open_study
 from mergectl.study_pictures import pictures
 from mergectl.study_text import show
 from mergectl.trials import Plan, Trial, best_of, directions, front, read_objectives
@@ -119,6 +119,19 @@ def test_another_seed_takes_another_path(sampler: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("sampler", ["random", "tpe", "cmaes"])
 def test_no_candidate_comes_twice(sampler: str, in_one_go: Callable[[str], list[Trial]]) -> None:
     assert len({tuple(trial.settings.values()) for trial in in_one_go(sampler)}) == 16
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe", "cmaes"])
+def test_a_candidate_that_comes_again_takes_over_its_scores_unevaluated(sampler: str, tmp_path: Path) -> None:
+    what = plan(sampler, 20, (replace(X, step=0.25), replace(Y, low=-1.0, high=1.0, step=1.0)))
+    judge = Asked()
+    best, seen = go(tmp_path, what, judge)
+    tried = [(trial.settings["x"], trial.settings["y"]) for trial in seen]
+    assert len(seen) == 20 > len(set(tried)) == len(judge.settings)
+    assert all(trial.score == bowl(trial.settings) and trial.ranked for trial in seen)
+    assert best.number == next(n for n, place in enumerate(tried) if bowl({"x": place[0], "y": place[1]}) == best.score)
+    told = load_study(tmp_path, "study").trials
+    assert sum("repeats" in trial.user_attrs for trial in told) == 20 - len(judge.settings)
 
 
 def test_trials_left_running_by_a_dead_process_are_failed_and_tried_again(tmp_path: Path) -> None:
@@ -421,6 +434,10 @@ def test_the_board_says_where_a_search_stands() -> None:
     assert "best 50.00 % (trial 0)" in shown.line()
     assert "left" in shown.line()
     assert "stopped early 1 (50% of the rows evaluated)" in shown.line()
+    assert "lost" not in shown.line() + "".join(lines)
+    shown.lose(2)
+    assert shown.lines()["lost"] == "2 with killed workers, queued again"
+    assert ", 2 lost and queued again, stopped early" in shown.line()
     for number in range(3, 8):
         shown.see(Trial(number, {}, 0.1, False, (0.1,)), Verdict({"a": 0.1}, 0.0))
     assert "left" not in shown.line()

@@ -73,12 +73,13 @@ def test_four_workers_of_whom_some_are_killed_do_what_one_does(
 
 
 def test_a_candidate_that_kills_every_worker_is_given_up(tmp_path: Path) -> None:
-    deadly = values(alone(tmp_path / "alone", "qmc", 6))[2][1]["x"]
+    deadly, told = values(alone(tmp_path / "alone", "qmc", 6))[2][1]["x"], list[int]()
     with open_study(tmp_path, "study") as study, toy_search.crew(tmp_path, "qmc", 6, 2, 0, deadly) as crew:
-        found = search(study, plan("qmc", 6), None, lambda trial, verdict: None, crew)
+        found = search(study, plan("qmc", 6), None, lambda trial, verdict: None, crew, told.append)
         lost = [t.user_attrs["candidate"] for t in study.get_trials(deepcopy=False) if t.user_attrs.get("lost")]
     assert [trial.refused for trial in found if trial.refused] == ["3 workers died over it (was there enough memory?)."]
     assert lost == [2, 2, 2]
+    assert sorted(set(told)) == [0, 1, 2, 3]  # what a live view counts
     assert completed(tmp_path) == [0, 1, 3, 4, 5]
 
 

@@ -142,6 +142,17 @@ def test_masks_that_cannot_change_are_said_to_and_do_not() -> None:
     assert all(torch.equal(bits[0][name], bits[1][name]) for name in MASKED)
 
 
+def test_a_mask_depends_on_the_signs_of_its_logits_alone_and_zero_is_pruned() -> None:
+    blend = begun()
+    before = {name: x.detach().clone() for name, x in blend.build().items()}
+    for name in MASKED:
+        blend.logits(name, blend.numbers).mul_(7.5)
+    assert_same({name: x.detach() for name, x in blend.build().items()}, before)
+    for name in MASKED:
+        blend.logits(name, blend.numbers).zero_()
+    assert all(torch.equal(blend.build()[name].detach(), BASE[name]) for name in MASKED)
+
+
 @pytest.mark.parametrize("start", ["ta", "cart", "tsv"])
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("rules", [{}, {"clamp": (0.0, 0.6)}, {"normalize": True}, {"temperature": 0.5}])

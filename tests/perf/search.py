@@ -6,7 +6,12 @@ Draws random candidates with one coefficient per task, and tries them, turn by t
 
 - fast: recombined in place into the live model, as `mergectl search` does;
 - memory: merged anew in memory, then put into the live model;
-- disk: merged into a folder, then loaded and evaluated, as without a search command.
+- disk: merged and written to a folder by `merge`, which is then opened, its rows tokenised, and evaluated, as in a loop
+  over the library; imports, tasks and the experts' headers are read once;
+- commands, with `--commands`: `mergectl merge` and `mergectl eval`, two processes a trial.
+
+All ways must give each candidate the same scores. The first two keep the tokenised rows, in batches that waste little
+on padding; the others make batches of `--batch-size` rows, sorted by length, as `eval` does.
 
 Printed are trials a minute by the clock and by processor time, at `--examples` and at `--few` rows per task, the share
 of a fast trial that is not the model's own computing, what is spent once before the first trial, and, at `--examples`,
@@ -18,19 +23,24 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
+import json
 import random
+import resource
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mergectl import bench, settings
+from mergectl.components import Shelf
 from mergectl.evaluate import evaluate
 from mergectl.families import Family, open_family
 from mergectl.judging import Judge
@@ -55,15 +65,16 @@ class Spent:
 
 
 def now() -> Spent:
-    """Both clocks."""
-    return Spent(time.perf_counter(), time.process_time())
+    """Both clocks; the processor's counts finished child processes, too."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return Spent(time.perf_counter(), time.process_time() + children.ru_utime + children.ru_stime)
 
 
-def timed(work: Callable[[], Any]) -> Spent:
-    """What a piece of work takes."""
+def timed(work: Callable[[], Any]) -> tuple[Spent, Any]:
+    """What a piece of work takes, and what it gives."""
     start = now()
-    work()
-    return now() - start
+    found = work()
+    return now() - start, found
 
 
 @dataclass(frozen=True)
@@ -73,6 +84,7 @@ class Search:
     args: argparse.Namespace
     family: Family
     lab: Lab
+    shelf: Shelf = field(default_factory=Shelf)  # components are made once, for all comparisons
 
     @property
     def tasks(self) -> list[str]:
@@ -85,16 +97,18 @@ class Search:
         found = Judge(self.lab, recipe, self.family, self.lab.tasks(self.tasks), **how)
         if not fast:
             found.recombiner = None
+        elif found.recombiner is not None:
+            found.recombiner.shelf = self.shelf
         return found
 
-    def on_disk(self, candidate: Settings, examples: int) -> None:
+    def on_disk(self, candidate: Settings, examples: int) -> Mapping[str, float]:
         """Merge into a folder, load the folder, evaluate."""
         out = Path(self.args.folder) / "candidate"
         shutil.rmtree(out, ignore_errors=True)
         experts = tuple((None, str(expert)) for expert in self.args.experts)
         job = MergeJob(replace(recipe_of(self.args.method), settings=candidate), experts, str(self.args.base))
         merge(job, self.family, out, facts={}, force=True, progress=lambda *_: None)
-        evaluate(
+        return evaluate(
             str(out),
             self.lab.tasks(self.tasks),
             split="tune",
@@ -102,7 +116,21 @@ class Search:
             limit=examples,
             device="cpu",
             batch_size=self.args.batch_size,
-        )
+        ).scores
+
+    def by_commands(self, candidate: Settings, examples: int) -> Mapping[str, float]:
+        """The same as two commands."""
+        out, folder = Path(self.args.folder) / "candidate", Path(self.args.folder) / "commands"
+        lab = ["--store", str(folder / "mergectl.duckdb"), "--threads", str(self.args.threads), "--device", "cpu"]
+        start = [sys.executable, "-m", "mergectl", *lab, *(["--data", str(self.args.data)] if self.args.data else [])]
+        scales = ",".join(f"{task}={value!r}" for task, value in candidate["scale"].items())
+        merging = ["merge", self.args.method, "--base", str(self.args.base), "--experts", *map(str, self.args.experts)]
+        merging += ["-o", str(out), "--force", "--scale", scales]
+        rows = ["--split", "tune", "--limit", str(examples), "--batch-size", str(self.args.batch_size)]
+        subprocess.run([*start, *merging], check=True, capture_output=True)
+        asked = [*start, "--json", "eval", str(out), *rows, "--on", *self.tasks]
+        told = subprocess.run(asked, check=True, capture_output=True, text=True).stdout
+        return {row["task"]: row["score"] for row in json.loads(told)["tasks"]}
 
     def candidates(self) -> Iterator[Settings]:
         """Random coefficients from the range that a search would try."""
@@ -134,29 +162,38 @@ def compare(search: Search, examples: int, trials: int, forward: Forward) -> Non
     fast, memory = search.judge(examples, fast=True), search.judge(examples, fast=False)
     candidates = list(itertools.islice(search.candidates(), trials + 1))
     assert fast.recombiner is not None
-    once = timed(lambda: fast.put(candidates[0]))
+    once, _ = timed(lambda: fast.put(candidates[0]))
     fast(candidates[0])  # loads what the metrics need
-    ways: dict[str, Callable[[Settings], Any]] = {
-        "fast": fast, "memory": memory, "disk": lambda candidate: search.on_disk(candidate, examples),
-    }  # fmt: skip
+    ways: dict[str, Callable[[Settings], Mapping[str, float]]] = {
+        "fast": lambda candidate: fast(candidate).scores,
+        "memory": lambda candidate: memory(candidate).scores,
+        "disk": lambda candidate: search.on_disk(candidate, examples),
+    }
+    if search.args.commands:
+        ways["commands"] = lambda candidate: search.by_commands(candidate, examples)
     spent: dict[str, list[Spent]] = {way: [] for way in ways}
     computing: list[Spent] = []
+    found: dict[str, list[dict[str, float]]] = {}  # the scores of each candidate, way by way
     for candidate, way in itertools.product(candidates[1:], ways):
         before = Spent(forward.wall, forward.processor)
-        spent[way].append(timed(functools.partial(ways[way], candidate)))
+        each, scores = timed(functools.partial(ways[way], candidate))
+        spent[way].append(each)
+        found.setdefault(repr(candidate), []).append(dict(scores))
         if way == "fast":
             computing.append(Spent(forward.wall, forward.processor) - before)
     print(f"\n{examples} examples per task, {trials} trials each; once before them {once.wall:.1f} s for components")
     print(
         "| way | trials a minute | by processor | s per trial | fast is faster | by processor |\n" + "| --- " * 6 + "|"
     )
-    for way, each in spent.items():
-        wall, processor = (statistics.median(getattr(s, clock) for s in each) for clock in CLOCKS)
-        by_wall, by_processor = ratios(each, spent["fast"])
+    for way, those in spent.items():
+        wall, processor = (statistics.median(getattr(s, clock) for s in those) for clock in CLOCKS)
+        by_wall, by_processor = ratios(those, spent["fast"])
         print(
             f"| {way} | {60 / wall:.1f} | {60 / processor:.1f} | {wall:.2f} | {by_wall:.2f} | {by_processor:.2f} |",
             flush=True,
         )
+    same = sum(own == scores[0] for scores in found.values() for own in scores[1:])
+    print(f"{same} of {len(found) * (len(ways) - 1)} times a slower way gave each task the same score, digit by digit")
     wall, processor = (1 - ratio for ratio in ratios(computing, spent["fast"]))
     print(f"beyond the model's computing: {wall:.1%} of a fast trial, {processor:.1%} by processor (goal: under 5 %)")
 
@@ -218,6 +255,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=3, help="candidates per comparison; 0: none")
     parser.add_argument("--pruned-trials", type=int, default=12, help="candidates to look at pruning with; 0: none")
     parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--commands", action="store_true", help="try two commands per candidate, too")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
