@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mergectl.methods._task_vectors import TaskVectors
 
 _RANK_TOLERANCE = 1e-6  # directions of a stack of float32 vectors that are shorter than this are rounding
+_SQUARED = 1e-6  # of the largest square: below it, squaring costs too many digits
 
 
 def remembering(remember: Remember | None) -> Remember:
@@ -130,6 +131,9 @@ def polar(rows: torch.Tensor) -> torch.Tensor:
     reached = values > _RANK_TOLERANCE**2 * values.max() if len(values) else values.bool()
     root = vectors[:, reached] * values[reached].rsqrt() @ vectors[:, reached].mT
     result: torch.Tensor = root @ a if wide else a @ root
+    if len(values) and values[reached].min() < _SQUARED * values.max():
+        cube = (result @ result.mT) @ result if wide else result @ (result.mT @ result)
+        result = 1.5 * result - 0.5 * cube  # a step of Newton and Schulz brings the digits back
     return result
 
 
