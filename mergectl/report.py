@@ -12,7 +12,7 @@ from mergectl import latex
 from mergectl.board_text import print_board
 from mergectl.errors import UserError
 from mergectl.lab import Lab
-from mergectl.scoreboard import read_board
+from mergectl.scoreboard import read_board, scored_splits
 from mergectl.terminal import cell, print_table
 
 if TYPE_CHECKING:
@@ -59,7 +59,11 @@ def leaderboard(lab: Lab, split: str, suite: str | None, form: str) -> None:
         return
     board = read_board(lab, split, suite)
     if not board.groups:
-        print(f"No scores on '{split}' in {lab.store_name} yet. Make some: mergectl eval MODEL --on TASKS")
+        others = [other for other in scored_splits(lab, suite) if other != split]
+        hint = (
+            f"There are some: --split {' or '.join(others)}" if others else "Make some: mergectl eval MODEL --on TASKS"
+        )
+        print(f"No scores on '{split}' in {lab.store_name} yet. {hint}")
     elif form == "latex":
         print(latex.board(board))
     else:

@@ -105,15 +105,34 @@ def read_board(lab: Lab, split: str, suite: str | None) -> Board:
     return Board(split, tuple(_told_apart(group, places) for group in groups_of(table, cost, relative, saw)))
 
 
+def scored_splits(lab: Lab, suite: str | None) -> list[str]:
+    """The splits, or parts of them, on which some model has a score."""
+    found = lab.store.query(
+        "SELECT DISTINCT split FROM leaderboard WHERE ? IS NULL OR suite = ? ORDER BY split", [suite, suite]
+    )
+    return [str(split) for (split,) in found.rows]
+
+
 def _told_apart(group: Group, places: Mapping[str, str]) -> Group:
-    """Experts whose folders have one name, as small/sst2 and whole/sst2, are called by the folder above as well."""
-    names = Counter(row.name for row in group.rows if row.kind == "expert")
+    """Models whose folders have one name, as small/sst2 and whole/sst2, are called by the folders above as well."""
+    names = Counter(row.name for row in group.rows)
+    alike: dict[str, list[Path]] = {}
+    for row in group.rows:
+        if names[row.name] > 1 and row.run_id in places:
+            alike.setdefault(row.name, []).append(Path(places[row.run_id]))
+    depths = {name: _depth(paths) for name, paths in alike.items()}
     rows = tuple(
-        replace(row, model="/".join(Path(places[row.run_id]).parts[-2:]))
-        if names[row.name] > 1 and row.run_id in places else row
+        replace(row, model="/".join(Path(places[row.run_id]).parts[-depths[row.name] :]))
+        if row.name in depths and row.run_id in places else row
         for row in group.rows
     )  # fmt: skip
     return replace(group, rows=rows)
+
+
+def _depth(paths: Sequence[Path]) -> int:
+    """How many last parts of some paths it takes to tell them apart."""
+    most = max(len(path.parts) for path in paths)
+    return next((n for n in range(2, most) if len({path.parts[-n:] for path in paths}) == len(set(paths))), most)
 
 
 def groups_of(

@@ -106,17 +106,23 @@ def test_the_leaderboard_goes_from_the_base_over_the_experts_to_the_merges(say: 
     assert set(shown[5:]) == set(HOW)
 
 
-def test_experts_in_folders_of_one_name_are_told_apart(cli: Cli, population: Path) -> None:
+def test_models_in_folders_of_one_name_are_told_apart(cli: Cli, population: Path, capsys: Capture) -> None:
     from mergectl.lab import Lab
     from mergectl.scoreboard import read_board
 
     for task in ("parity", "loop"):
         shutil.copytree(population / task, Path(task) / "tiny_lr1e-05")
     experts = [f"{task}/tiny_lr1e-05" for task in ("parity", "loop")]
-    assert cli("merge", "average", "--base", population / "base", "--experts", *experts, "-o", "m") == 0
-    assert cli("eval", "m", "--references") == 0
-    (group,) = read_board(Lab(), "report", None).groups
+    for merged, scale in (("all/x/m", 0.4), ("all/y/m", 0.5)):
+        how = ("--base", population / "base", "--experts", *experts, "-o", merged, "--scale", scale)
+        assert cli("merge", "task_arithmetic", *how) == 0
+        assert cli("eval", merged, "--references", "--limit", 20) == 0
+    (group,) = read_board(Lab(), "report:20", None).groups
     assert sorted(row.model for row in group.rows if row.kind == "expert") == sorted(experts)
+    assert sorted(row.model for row in group.rows if row.kind == "merged") == ["x/m", "y/m"]
+    capsys.readouterr()
+    assert cli("report") == 0
+    assert "There are some: --split report:20" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_leaderboard_shows_the_scores_in_percent(say: Say) -> None:
