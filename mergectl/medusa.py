@@ -39,7 +39,7 @@ class MedusaJob:
     mask: str = "soft"
     top_k: float | None = None  # None: 87.5, with adapters 100
     prepass_epochs: float = 1.0
-    prepass_percent: float | None = None  # of each task's own epochs, in place of their number
+    prepass_percent: float | None = None  # of each task's own epochs, or steps, in place of a number
     unowned: str = "freeze"
 
     def __post_init__(self) -> None:
@@ -49,10 +49,10 @@ class MedusaJob:
     @property
     def short(self) -> dict[str, Any]:
         """How long the short trainings are."""
-        whole = {"max_steps": None, "patience": None, "eval_every": None}
+        whole = {"patience": None, "eval_every": None}
         if self.prepass_percent is not None:
             return {**whole, "prepass_percent": self.prepass_percent}
-        return {**whole, "epochs": self.prepass_epochs}
+        return {**whole, "max_steps": None, "epochs": self.prepass_epochs}
 
     def plan(self, peft: str, seed: int) -> MaskPlan:
         """How ownership is decided."""

@@ -65,7 +65,8 @@ def settled(task: str, model: Mapping[str, Any], options: Mapping[str, Any]) -> 
         given = {name: value for name, value in given.items() if value is not None}
     found = given if preset == "none" else _published(preset, task, model, given, tiny=tiny) | given
     if percent := options.get("prepass_percent"):
-        found = found | {"epochs": max(1, int(found.get("epochs", USUAL_EPOCHS) * percent / 100))}
+        long = "epochs" if found.get("max_steps") is None else "max_steps"
+        found = found | {long: max(1, int(found.get(long, USUAL_EPOCHS) * percent / 100))}
     return _joined(_cut(found, options.get("smaller_batch") or 1), options.get("larger_batch") or 1)
 
 

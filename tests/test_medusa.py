@@ -299,6 +299,7 @@ def test_thirty_percent_of_the_epochs_are_the_published_short_trainings(task: st
     assert settled(f"glue-t5/{task}", T5, {"preset": "medusa", **short})["epochs"] == epochs
     assert settled(f"glue-t5/{task}", T5, {"epochs": 12, **short})["epochs"] == 3
     assert settled(f"glue-t5/{task}", T5, short)["epochs"] == 1
+    assert settled(f"glue-t5/{task}", T5, {"max_steps": 600, **short})["max_steps"] == 180
     assert medusa.MedusaJob(prepass_epochs=2).short["epochs"] == 2
 
 
