@@ -210,11 +210,6 @@ class Inputs:
                 )
 
 
-def is_double(weights: Any, name: str) -> bool:
-    """Say whether a weight is stored in float64."""
-    return str(dtype_of(weights, name)).upper() in ("F64", "TORCH.FLOAT64")
-
-
 def _finite_sum(x: torch.Tensor) -> bool:
     return math.isfinite(float(x.sum()))
 

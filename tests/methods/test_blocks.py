@@ -113,3 +113,14 @@ def test_a_bound_that_very_many_entries_share_is_found_without_counting_bit_patt
     monkeypatch.setattr(_kth, "_SAMPLED", 1 << 12)
     monkeypatch.delattr(_kth, "reach")
     assert vectors.kth_magnitudes([[40_000, 1000]]) == [[0.0, float(np.sort(np.abs(rows[1]))[-1000])]]
+
+
+def test_inner_products_of_a_model_are_the_sums_of_those_of_its_weights() -> None:
+    rows = {
+        f"w{i}": torch.from_numpy(np.random.default_rng(i).normal(size=(3, 70_000)).astype(np.float32)) for i in (0, 1)
+    }
+    vectors = _task_vectors.TaskVectors(["a", "b", "c"], {name: (70_000,) for name in rows}, rows.__getitem__)
+    by_weight = vectors.products_by_weight()
+    for name, x in rows.items():
+        np.testing.assert_allclose(by_weight[name], (x.double() @ x.double().T).numpy(), rtol=1e-12, atol=1e-9)
+    np.testing.assert_allclose(vectors.products(), by_weight["w0"] + by_weight["w1"], rtol=1e-15)
