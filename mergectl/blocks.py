@@ -12,15 +12,19 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mergectl.errors import UserError
 from mergectl.headers import WORD_TO_TORCH
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
+    Array: TypeAlias = "np.ndarray[Any, Any]"
+
 LENGTH = 1 << 18  # elements: a MiB in float32
+NUMBERS = {"F16": "<f2", "BF16": "<i2", "F32": "<f4", "F64": "<f8"}  # NumPy's types; it has no bfloat16
 
 
 @dataclass(frozen=True)
@@ -76,20 +80,27 @@ class BlockReader:
     def __init__(self, weights: Any) -> None:
         self.weights = weights
         self._files: dict[Path, mmap.mmap] = {}
-        self._found: dict[str, torch.Tensor | None] = {}
+        self._found: dict[str, tuple[Array, torch.dtype] | None] = {}
         self._lock = threading.Lock()
 
     def read(self, block: Block) -> torch.Tensor:
         """A block as it is stored, in the block's shape."""
+        import torch
+
         if block.weight not in self._found:
             with self._lock:
                 self._found[block.weight] = self._find(block.weight)
-        whole = self._found[block.weight]
-        if whole is None:
-            whole = self.weights[block.weight].detach().reshape(-1)
-        return whole[block.start : block.stop].view(block.shape)
+        found = self._found[block.weight]
+        if found is None:
+            whole: torch.Tensor = self.weights[block.weight].detach().reshape(-1)
+            return whole[block.start : block.stop].view(block.shape)
+        # Cut by NumPy: every operation of torch hands the interpreter to the other threads, and waits to have it back.
+        numbers, dtype = found
+        part = torch.from_numpy(numbers[block.start : block.stop].reshape(block.shape))
+        return part if part.dtype == dtype else part.view(dtype)
 
-    def _find(self, weight: str) -> torch.Tensor | None:
+    def _find(self, weight: str) -> tuple[Array, torch.dtype] | None:
+        import numpy as np
         import torch
 
         found = place(self.weights, weight)
@@ -101,9 +112,10 @@ class BlockReader:
                 self._files[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         if first + nbytes > len(self._files[path]):
             raise UserError(f"{path} became shorter while weight '{weight}' was read.")
-        dtype = getattr(torch, WORD_TO_TORCH[self.weights.dtype(weight)])
-        raw = torch.frombuffer(self._files[path], dtype=torch.uint8, count=nbytes, offset=first)
-        return (raw if first % dtype.itemsize == 0 else raw.clone()).view(dtype)
+        word = self.weights.dtype(weight)
+        raw = np.frombuffer(self._files[path], np.uint8, nbytes, first)
+        numbers = raw.view(NUMBERS[word])
+        return (numbers if numbers.flags.aligned else numbers.copy()), getattr(torch, WORD_TO_TORCH[word])
 
     def close(self) -> None:
         """Forget the files; they are closed with the last block that was lent."""

@@ -98,7 +98,7 @@ class Inputs:
         """Read a weight or a block as it is stored; it belongs to the model and is not to be changed."""
         stored = self._readers[id(model)].read(self.blocks[name]) if name in self.blocks else model[name].detach()
         if self.device == "cpu":
-            return stored.cpu()
+            return stored if stored.is_cpu else stored.cpu()
         return stored.pin_memory().to(self.device, non_blocking=True)  # torch keeps it until it has been copied
 
     def base_weight(self, name: str) -> torch.Tensor:

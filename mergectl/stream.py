@@ -88,7 +88,10 @@ class Stream:
                 yield whole
 
     def run(self, take: Callable[[Piece], None]) -> Iterator[str]:
-        """Merge, lending every piece or block to `take` in the thread that made it; yield the names of weights done."""
+        """Merge, lending every piece or block to `take` in the thread that made it; yield the names of weights done.
+
+        `take` refuses with a UserError what is not finite.
+        """
 
         def taken(piece: Piece) -> str | None:
             take(piece)
@@ -123,7 +126,12 @@ class Stream:
         is_weight = "experts" in settings.describe(last.name).supplies
 
         def finish(name: str, result: Any) -> _Finished:
-            return _Finished(take(self._piece(name, result, is_weight, last.name)))
+            piece = self._piece(name, result, is_weight, last.name)
+            try:
+                return _Finished(take(piece))
+            except UserError:
+                self.inputs.check_result(name, piece.weight)  # the fault may be a model's
+                raise
 
         vectors = self._vectors(units, refinements, pool, finish)
         result = iter(settings.function_of(last.name)(**self._supplied(last, vectors, refinements), **last.settings))
@@ -155,13 +163,15 @@ class Stream:
             weight = self._added(self.inputs.base_weight(name), merged)
         else:  # a view may be of memory that the next weight is read into
             weight = merged.clone() if merged._is_view() else merged
-        self.inputs.check_result(name, weight)
+        if not self._lends:
+            self.inputs.check_result(name, weight)
+        weight = weight if weight.is_cpu else weight.cpu()
         delta, kept = (merged.cpu(), masks[0].cpu()) if masks else (None, None)
         if name not in self.inputs.blocks:
-            return Piece(name, weight.cpu(), delta, kept)
+            return Piece(name, weight, delta, kept)
         block = self.inputs.blocks[name]
         last = block.stop == math.prod(self.inputs.shapes[block.weight])
-        return Piece(block.weight, weight.cpu(), delta, kept, start=block.start, last=last)
+        return Piece(block.weight, weight, delta, kept, start=block.start, last=last)
 
     def _added(self, base: torch.Tensor, merged: torch.Tensor) -> torch.Tensor:
         """Add a merged task vector to the base's weight."""

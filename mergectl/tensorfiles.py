@@ -85,13 +85,15 @@ class SafetensorsWriter:
             self.missing[name] = left - tensor.numel()
             if self.missing[name] == 0:
                 del self.missing[name]
-        tensor = tensor.detach().to("cpu", getattr(torch, WORD_TO_TORCH[self.dtypes[name]])).contiguous()
+        dtype = getattr(torch, WORD_TO_TORCH[self.dtypes[name]])
+        if tensor.dtype != dtype or not tensor.is_cpu or not tensor.is_contiguous() or tensor.requires_grad:
+            tensor = tensor.detach().to("cpu", dtype).contiguous()
         if tensor.is_floating_point() and not is_finite(tensor):
             raise UserError(
                 f"The merged '{name}' holds numbers that {WORD_TO_TORCH[self.dtypes[name]]} cannot hold. "
                 "Choose smaller settings or another --dtype."
             )
-        data = tensor.reshape(-1).view(torch.uint8).numpy().data
+        data = (tensor if tensor.dim() == 1 else tensor.reshape(-1)).view(torch.uint8).numpy().data
         write_all(self._file.fileno(), data, self._places[name][0] + (start or 0) * tensor.itemsize)
 
     def __enter__(self) -> SafetensorsWriter:

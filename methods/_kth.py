@@ -94,21 +94,23 @@ def _bounds(vectors: TaskVectors, ranks: Sequence[Sequence[int]], form: Form) ->
 
     def fill(name: str, x: torch.Tensor) -> None:
         part = form(numbers(x)[:, ::step])
-        samples[:, starts[name] : starts[name] + part.shape[1]] = part
+        for sample, row in zip(samples, part, strict=True):
+            sample[starts[name] : starts[name] + len(row)] = row
 
     some.survey(fill)
-    some.spread(lambda sample: sample.sort(), list(samples))
+    some.spread(lambda sample: sample.sort(), samples)
     pairs = enumerate(samples)
     return [[_order.bounds(sample, wanted[task], vectors.numel) for wanted in ranks] for task, sample in pairs]
 
 
-def _room(vectors: TaskVectors, counts: Sequence[int]) -> tuple[Array, dict[str, int]]:
-    """Return one array for so many entries of every weight, [task, entries], and where each weight's begin.
+def _room(vectors: TaskVectors, counts: Sequence[int]) -> tuple[list[Array], dict[str, int]]:
+    """Return an array per task for so many entries of every weight, and where each weight's begin.
 
-    Small arrays made between large ones that go would keep the room of these from being used again.
+    Small arrays made between large ones that go would keep the room of these from being used again; and what is larger
+    than 32 MiB, as one array for all tasks often is, never is.
     """
     starts = dict(zip(vectors, itertools.accumulate(counts, initial=0), strict=False))
-    return np.empty((len(vectors.tasks), sum(counts)), dtype=np.float32), starts
+    return [np.empty(sum(counts), dtype=np.float32) for _ in vectors.tasks], starts
 
 
 def _at_bounds(

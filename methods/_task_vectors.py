@@ -5,6 +5,7 @@ A name stands for a weight, or for a block of one where the method said that blo
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -18,7 +19,8 @@ Array: TypeAlias = "np.ndarray[Any, Any]"
 Rows: TypeAlias = "Sequence[torch.Tensor] | torch.Tensor"  # one per task
 
 _CHUNK = 1 << 17  # elements summed at once: a sum is the same whether weights come whole or in blocks
-_NEAR = 1 << 16  # elements whose inner products are taken at once: in float64 two rows stay near the processor
+_RUN = 1 << 10  # elements whose inner products are taken in their own type
+_LONG = 1 << 17  # elements from which on they are
 
 
 class TaskVectors(Mapping[str, "torch.Tensor"]):
@@ -180,29 +182,22 @@ class TaskVectors(Mapping[str, "torch.Tensor"]):
 
     def products(self) -> Array:
         """Return the inner products of all pairs of tasks over all weights, [task, task] in float64."""
-        found = [part for parts in self._spread(self._products, list(self)) for part in parts]
-        return _added(found, len(self.tasks))
+        return _added(list(self._spread(self._products, list(self))), len(self.tasks))
 
     def products_by_weight(self) -> dict[str, Array]:
         """Return those of each weight."""
         found: dict[str, list[list[list[float]]]] = {}
-        for name, parts in zip(self, self._spread(self._products, list(self)), strict=True):
-            found.setdefault(self.weight_of(name)[0], []).extend(parts)
+        for name, part in zip(self, self._spread(self._products, list(self)), strict=True):
+            found.setdefault(self.weight_of(name)[0], []).append(part)
         return {weight: _added(parts, len(self.tasks)) for weight, parts in found.items()}
 
-    def _products(self, name: str) -> list[list[list[float]]]:
-        """Return the inner products within each stretch of a weight."""
+    def _products(self, name: str) -> list[list[float]]:
+        """Return the inner products within a weight."""
         rows = [row.detach().reshape(-1) for row in self._lend(name)]
-        count = len(rows[0])
-        wide = torch.empty((len(rows), min(_NEAR, count)), dtype=torch.float64, device=rows[0].device)
-        found = []
-        for start in range(0, count, _NEAR):
-            part = wide[:, : min(_NEAR, count - start)]
-            for copy, row in zip(part, rows, strict=True):
-                copy.copy_(row[start : start + _NEAR])
-            found.append((part @ part.T).tolist())
+        found = _inner(rows)
         if not np.isfinite(found).all():
             self._read(name)  # says which model holds what is not finite
+            found = _inner([row.double() for row in rows])
         return found
 
     def means_and_deviations(self) -> tuple[list[float], list[float]]:
@@ -237,6 +232,22 @@ class TaskVectors(Mapping[str, "torch.Tensor"]):
 def chunks(row: Array) -> Iterator[Array]:
     """Cut the last dimension into parts of bounded size."""
     return (row[..., start : start + _CHUNK] for start in range(0, row.shape[-1], _CHUNK))
+
+
+def _inner(rows: Sequence[torch.Tensor]) -> list[list[float]]:
+    """Return the inner products of all pairs of flat rows: those of short runs in their own type, summed in float64.
+
+    The rounding of very many runs averages out; of few it would not, so these are taken in float64.
+    """
+    rows = rows if len(rows[0]) >= _LONG else [row.double() for row in rows]
+    run = math.gcd(len(rows[0]), _RUN) or 1
+    pairs = list(itertools.combinations_with_replacement(range(len(rows)), 2))
+    cut = [row.view(-1, 1, run) for row in rows]
+    sums = torch.stack([torch.bmm(cut[i], cut[j].transpose(1, 2)) for i, j in pairs]).sum(
+        (1, 2, 3), dtype=torch.float64
+    )
+    found = dict(zip(pairs, sums.tolist(), strict=True))
+    return [[found[min(i, j), max(i, j)] for j in range(len(rows))] for i in range(len(rows))]
 
 
 def _added(parts: Sequence[Sequence[Sequence[float]]], tasks: int) -> Array:

@@ -124,3 +124,13 @@ def test_inner_products_of_a_model_are_the_sums_of_those_of_its_weights() -> Non
     for name, x in rows.items():
         np.testing.assert_allclose(by_weight[name], (x.double() @ x.double().T).numpy(), rtol=1e-12, atol=1e-9)
     np.testing.assert_allclose(vectors.products(), by_weight["w0"] + by_weight["w1"], rtol=1e-15)
+
+
+def test_inner_products_of_long_rows_are_as_good_as_cosines_need_and_do_not_overflow() -> None:
+    x = torch.from_numpy(np.random.default_rng(3).normal(size=(3, 300_000)).astype(np.float32))
+    wide = x.double() @ x.double().T
+    lengths = wide.diag().sqrt()
+    for scale in (1.0, 2.0**80):  # squares of the latter are beyond float32
+        vectors = _task_vectors.TaskVectors(["a", "b", "c"], {"w": (300_000,)}, {"w": x * scale}.__getitem__)
+        found = torch.from_numpy(vectors.products_by_weight()["w"]) / scale**2
+        assert float(((found - wide) / (lengths[:, None] * lengths)).abs().max()) < 2e-8
