@@ -144,7 +144,16 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a small JSON file whole or not at all."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
+    write_text(path, _json(content))
+
+
+def add_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file into a new folder, which is made durable as a whole."""
+    path.write_text(_json(content), encoding="utf-8")
+
+
+def _json(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n"
 
 
 def carry_files(target: Path, *donors: Path) -> None:

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import threading
 from pathlib import Path
 
 LARGE = 1 << 20  # bytes; smaller files are quicker read than looked up
@@ -37,7 +38,9 @@ def blake3(path: Path) -> bytes:
 def _read(path: Path) -> bytes:
     import blake3 as library
 
-    found = library.blake3(max_threads=library.blake3.AUTO)
+    alone = threading.current_thread() is threading.main_thread()
+    free = library.blake3.AUTO if alone else max(1, (os.cpu_count() or 1) - 1)  # the main thread has other work
+    found = library.blake3(max_threads=free)
     return found.update_mmap(path).digest()
 
 

@@ -149,7 +149,7 @@ def _write(
         model.save_pretrained(folder)
         preparer.save(folder)
         config = replace(config, max_length=getattr(preparer, "max_length", None))  # as used; images have none
-        artefacts.write_json(folder / "mergectl.json", _record(config, task, source, result, run))
+        artefacts.add_json(folder / "mergectl.json", _record(config, task, source, result, run))
 
 
 def _restore(model: Any, source: Source) -> None:

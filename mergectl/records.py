@@ -30,8 +30,8 @@ def write_records(
         **({} if export is None else _task_record(family, export)),
         **facts,
     }
-    artefacts.write_json(folder / "mergectl.json", record)
-    artefacts.write_text(folder / "README.md", card(recipe, family))
+    artefacts.add_json(folder / "mergectl.json", record)
+    (folder / "README.md").write_text(card(recipe, family), encoding="utf-8")
 
 
 def _task_record(family: Family, task: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergectl.artefacts import write_json
+from mergectl.artefacts import add_json
 from mergectl.errors import UserError, WorkError
 from mergectl.headers import ITEM_BYTES, WORD_TO_TORCH
 from mergectl.weights import INDEX, SINGLE
@@ -139,7 +139,7 @@ class ModelWriter:
             self._opened = opened.pop_all()
         if count > 1:
             where = {name: writer.path.name for name, writer in self._of.items()}
-            write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where})
+            add_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where})
 
     def where(self, name: str) -> tuple[Path, int, int]:
         """The file, first byte and number of bytes in which a weight belongs."""

@@ -69,7 +69,7 @@ def write_shared(family: Family, stream: Stream, folder: Path, form: Form, progr
         _write_head(family, task, folder / "tasks" / task, (stream.rescalers or {}).get(task), blended)
     artefacts.carry_files(folder, *_donors(family))
     experts = [expert.config for expert in family.experts.values()]
-    artefacts.write_json(folder / "config.json", with_padding(_shared_config(family, form.dtype), experts, folder))
+    artefacts.add_json(folder / "config.json", with_padding(_shared_config(family, form.dtype), experts, folder))
 
 
 def _whole_shapes(family: Family) -> dict[str, tuple[int, ...]]:
@@ -222,8 +222,8 @@ def _write_head(
         "expert_digest": expert.digest,
         "max_length": (expert.meta.get("recipe") or {}).get("max_length"),
     }
-    artefacts.write_json(folder / "task.json", record | ({} if rescaler is None else {"rescaler": rescaler}))
-    artefacts.write_json(folder / "config.json", expert.config)
+    artefacts.add_json(folder / "task.json", record | ({} if rescaler is None else {"rescaler": rescaler}))
+    artefacts.add_json(folder / "config.json", expert.config)
 
 
 def write_one_task(task: str, family: Family, stream: Stream, folder: Path, form: Form, progress: Progress) -> None:
@@ -258,7 +258,7 @@ def write_one_task(task: str, family: Family, stream: Stream, folder: Path, form
             writer.write(own, expert[own])
     artefacts.carry_files(folder, expert.folder)
     config = with_padding(typed(expert.config, form.dtype), [expert.config], folder)
-    artefacts.write_json(folder / "config.json", config)
+    artefacts.add_json(folder / "config.json", config)
 
 
 def _write_own_rows(view: Renamed, name: str, write: Callable[[torch.Tensor, int], None]) -> None:
