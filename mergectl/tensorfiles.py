@@ -108,7 +108,9 @@ class SafetensorsWriter:
 
 def is_finite(x: torch.Tensor) -> bool:
     """Say whether there is no NaN and no infinity: either makes the sum so, which finite numbers seldom do."""
-    if x.itemsize >= 4 and math.isfinite(float(x.sum())):
+    import torch
+
+    if x.itemsize > 1 and x.dtype != torch.float16 and math.isfinite(float(x.sum())):
         return True
     return x.numel() == 0 or x.itemsize == 1 or all(bool(end.isfinite()) for end in x.aminmax())
 

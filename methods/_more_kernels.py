@@ -1,6 +1,6 @@
 """More arithmetic shared by methods: directions, windows of ranks, weighted agreement.
 
-Sums over a weight run in NumPy in float64, so that they do not depend on the number of threads.
+Sums over a weight end in float64, so that they do not depend on the number of threads.
 """
 
 from __future__ import annotations
