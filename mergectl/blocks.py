@@ -96,8 +96,9 @@ class BlockReader:
             return whole[block.start : block.stop].view(block.shape)
         # Cut by NumPy: every operation of torch hands the interpreter to the other threads, and waits to have it back.
         numbers, dtype = found
-        part = torch.from_numpy(numbers[block.start : block.stop].reshape(block.shape))
-        return part if part.dtype == dtype else part.view(dtype)
+        part = numbers[block.start : block.stop]
+        lent = torch.from_numpy((part if part.flags.aligned else part.copy()).reshape(block.shape))
+        return lent if lent.dtype == dtype else lent.view(dtype)
 
     def _find(self, weight: str) -> tuple[Array, torch.dtype] | None:
         import numpy as np
@@ -114,8 +115,7 @@ class BlockReader:
             raise UserError(f"{path} became shorter while weight '{weight}' was read.")
         word = self.weights.dtype(weight)
         raw = np.frombuffer(self._files[path], np.uint8, nbytes, first)
-        numbers = raw.view(NUMBERS[word])
-        return (numbers if numbers.flags.aligned else numbers.copy()), getattr(torch, WORD_TO_TORCH[word])
+        return raw.view(NUMBERS[word]), getattr(torch, WORD_TO_TORCH[word])
 
     def close(self) -> None:
         """Forget the files; they are closed with the last block that was lent."""

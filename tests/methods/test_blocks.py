@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -134,3 +136,32 @@ def test_inner_products_of_long_rows_are_as_good_as_cosines_need_and_do_not_over
         vectors = _task_vectors.TaskVectors(["a", "b", "c"], {"w": (300_000,)}, {"w": x * scale}.__getitem__)
         found = torch.from_numpy(vectors.products_by_weight()["w"]) / scale**2
         assert float(((found - wide) / (lengths[:, None] * lengths)).abs().max()) < 2e-8
+
+
+class Unaligned(dict[str, torch.Tensor]):
+    """A weight whose numbers begin at an odd byte of a file, as some writers leave them."""
+
+    def __init__(self, folder: Path, numbers: torch.Tensor) -> None:
+        super().__init__(w=numbers)
+        self.path = folder / "odd"
+        self.path.write_bytes(b"odd" + numbers.numpy().tobytes())
+
+    def where(self, name: str) -> tuple[Path, int, int]:
+        return self.path, 3, 4 * self[name].numel()
+
+    def dtype(self, name: str) -> str:
+        return "F32"
+
+
+def test_of_an_unaligned_weight_no_more_is_copied_than_a_block(tmp_path: Path) -> None:
+    numbers = torch.arange(float(1 << 21))
+    weights = Unaligned(tmp_path, numbers)
+    reader = blocks.BlockReader(weights)
+    block = blocks.Block("w", 1 << 20, (1 << 20) + (1 << 18), (1 << 18,))
+    tracemalloc.start()
+    try:
+        read = reader.read(block)
+        assert tracemalloc.get_traced_memory()[1] < 2 << 20  # of 8 MiB
+    finally:
+        tracemalloc.stop()
+    assert torch.equal(read, numbers[block.start : block.stop])
