@@ -7,6 +7,7 @@ the bit patterns by their halves. Small models are looked at in one piece.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ Form: TypeAlias = "np.ufunc"  # of rows of numbers: makes that of which the orde
 _TOGETHER = 1 << 22  # elements per task that are looked at together
 _SAMPLED = 1 << 21  # elements per task that a sample has at least: it decides how many have to be looked at
 _CHUNK = 1 << 17  # elements counted at once
+_PARTS = 8  # of the weights, whose bit patterns are counted by different threads
 
 
 def largest(vectors: TaskVectors, ranks: Sequence[Sequence[int]], *, magnitudes: bool) -> list[list[float]]:
@@ -133,13 +135,21 @@ def _histogram(
     vectors: TaskVectors, weigh: Callable[[Array], Array] | None, within: Sequence[int] | None, form: Form
 ) -> Array:
     """Return per task and half of a bit pattern how many entries there are, or what they weigh."""
-    result = np.zeros((len(vectors.tasks), 1 << 16))
-    for name in vectors:
-        for task, row in enumerate(numbers(vectors[name])):
-            for start in range(0, len(row), _CHUNK):
-                part = form(row[start : start + _CHUNK])
-                result[task] += _order.histogram(part, weigh, None if within is None else within[task])
-    return result
+
+    def count(names: Sequence[str]) -> Array:
+        result = np.zeros((len(vectors.tasks), 1 << 16))
+        for name in names:
+            for task, row in enumerate(numbers(vectors[name])):
+                for start in range(0, len(row), _CHUNK):
+                    part = form(row[start : start + _CHUNK])
+                    result[task] += _order.histogram(part, weigh, None if within is None else within[task])
+        return result
+
+    names = list(vectors)
+    size = -(-len(names) // _PARTS)
+    parts = vectors.spread(count, [names[start : start + size] for start in range(0, len(names), size)])
+    whole: Array = functools.reduce(np.add, parts)
+    return whole
 
 
 def numbers(x: torch.Tensor) -> Array:
