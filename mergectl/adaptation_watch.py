@@ -26,7 +26,7 @@ POINTS, LOOKS = 100, 10  # of the entropy's course, and of that of ranks and coe
 SECONDS = 30.0  # between two checkpoints
 FALL = 0.02  # of a mean score that is more than chance
 FORWARD, SHARE = 3, 0.1  # how much cheaper a row is that is only scored; how much of the work scores may be
-FORMAT = "1"
+FORMAT, SCORE = "1", "adapt_tune_score"
 TABLE = "adaptation.json"
 
 
@@ -65,6 +65,9 @@ class LabWatch:
             return None if self.begin is None else self._begun(self.begin)
         self.rows, self._since = [tuple(row) for row in json.loads(facts["rows"])], json.loads(facts["since"])
         self.resumed = len(state["losses"])
+        noted = {name.partition(":")[0]: step for name, _, _, step in self.rows}  # the last of each kind
+        self._looked, self._scored = noted.get("coefficient", -1), noted.get(SCORE, -1)
+        self.tune = {task: x for name, x, task, step in self.rows if task and (name, step) == (SCORE, self._scored)}
         self.terminal.say(f"goes on after step {self.resumed} of an adaptation that was cut short")
         return state
 
@@ -85,10 +88,13 @@ class LabWatch:
         every = score_every(learned.entropy.options, learned.steps)
         if learned.done:
             self._point(learned.step)
-            if every and learned.step >= every and self._scored != learned.step:
+            if every and learned.steps >= every and self._scored != learned.step:
                 self._score(learned)
             if self._looked != learned.step:
                 self._look(learned)
+            if learned.step < learned.steps:
+                words = f": {self._line(learned)}" if learned.entropy.by_task else ""
+                self.terminal.say(f"stopped after step {learned.step}/{learned.steps}, by --patience{words}")
             self._warn()
             return
         self._since.append(dict(learned.entropy.by_task))
@@ -147,7 +153,7 @@ class LabWatch:
             "saw": self.saw,
             "coefficients": {name: x.tolist() for name, x in learned.used.items()},
             "kept_rank": {name: (x > 0).sum(dim=1).tolist() for name, x in learned.logits.items()},
-            "rank": {name: x.shape[1] for name, x in learned.logits.items()},
+            "rank": learned.ranks,
         }  # fmt: skip
         artefacts.write_json(folder / TABLE, table)
         yield folder / TABLE
@@ -186,13 +192,13 @@ class LabWatch:
             self._unscored = True
             return
         for task, value in self.tune.items():
-            self._add("adapt_tune_score", value, task, learned.step)
+            self._add(SCORE, value, task, learned.step)
 
     def _warn(self) -> None:
         """Say it where the model answers worse than after the first step, however sure it has become."""
         scores = dict[int, list[float]]()
         for name, value, _, step in self.rows:
-            if name == "adapt_tune_score":
+            if name == SCORE:
                 scores.setdefault(step, []).append(value)
         means = [math.fsum(scores[step]) / len(scores[step]) for step in sorted(scores)]
         if len(means) > 1 and means[-1] < means[0] - FALL:
@@ -242,7 +248,6 @@ def _due(learned: Any, times: int) -> bool:
 
 def shares(learned: Any) -> dict[str, float]:
     """The share of components that each task keeps, over all weights with masks."""
-    logits = learned.logits
-    total = sum(x.shape[1] for x in logits.values())
+    logits, total = learned.logits, sum(learned.ranks.values())
     kept = {task: sum(int((x[i] > 0).sum()) for x in logits.values()) for i, task in enumerate(learned.tasks)}
     return {task: count / total for task, count in kept.items()} if total else {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mergectl.calibration_options import for_supplies, settled
@@ -13,6 +14,7 @@ from mergectl.lab import Lab
 from mergectl.plan import Recipe, steps_of
 from mergectl.settings import describe
 from mergectl.tied import uses
+from mergectl.weights import read_json
 
 
 @dataclass(frozen=True)
@@ -60,10 +62,28 @@ def _watch(request: Request) -> Any:
     digest, lab = request.options.get("watched"), request.lab
     start = read_options(request.options.get("adapt", {})).start_from
     begin = None if start is None else learned_file(start)
+    if start is not None:
+        _check_meaning(start, request.recipe)
     if digest is None and begin is None:
         return None
     path = None if digest is None else lab.folder / "cache" / "adaptation" / f"{digest}.safetensors"
     return LabWatch(request.family.task_ids, path, lab.terminal, begin)
+
+
+# Settings that decide what learned numbers are the numbers of.
+MEANING = ("start", "decompose", "granularity", "parameters", "plus", "density", "soft_mask")
+
+
+def _check_meaning(start: str, recipe: Recipe) -> None:
+    """Refuse numbers that were learned for something else: as many of them would fit, and mean nothing."""
+    path = Path(start) / "mergectl.json"
+    former = read_json(path).get("recipe", {}).get("settings", {}) if path.exists() else {}
+    for name in MEANING:
+        if name in former and name in recipe.settings and former[name] != recipe.settings[name]:
+            raise UserError(
+                f"--adapt start_from={start} was learned with {name}={former[name]}, and means nothing with "
+                f"{name}={recipe.settings[name]}. Give it: --{name.replace('_', '-')} {former[name]}"
+            )
 
 
 def _linears(request: Request) -> Any:

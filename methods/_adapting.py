@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -88,6 +88,11 @@ class Learned:
         return {name: self._blend.logits(name, self._blend.numbers).clone() for name in self._blend.masked}
 
     @property
+    def ranks(self) -> dict[str, int]:
+        """How many components every weight with masks has, those that are not held included."""
+        return {name: min(self._blend.weights[name].shape) for name in self._blend.masked}
+
+    @property
     def state(self) -> dict[str, torch.Tensor]:
         """All that another process needs to go on from here."""
         losses = torch.tensor(self.losses, dtype=torch.float64)
@@ -102,8 +107,14 @@ class Learned:
         return {group: numbers[:, i].clone() for i, group in enumerate(self._blend.groups)}
 
 
-def adapt(blend: Blend, entropy: Entropy, watch: Watch | None, *, steps: int, rate: float, patience: int) -> None:
-    """Learn until the steps are done, the watcher says stop, or the entropy has not fallen for `patience` steps."""
+def adapt(
+    blend: Blend, entropy: Entropy, watch: Watch | None, *, steps: int, rate: float, patience: int,
+    ready: Callable[[int], None] | None = None,
+) -> None:  # fmt: skip
+    """Learn until the steps are done, the watcher says stop, or the entropy has not fallen for `patience` steps.
+
+    `ready` is told how many steps are left once it is known which numbers they begin with.
+    """
     adam, losses = Adam(blend.numbers, rate), list[float]()
     resume = getattr(watch, "resume", None)
     if resume is not None and (state := resume()) is not None:
@@ -115,6 +126,8 @@ def adapt(blend: Blend, entropy: Entropy, watch: Watch | None, *, steps: int, ra
         adam.steps = len(losses)
         for name, own in (("numbers", blend.numbers), ("first", adam.first), ("second", adam.second)):
             own.copy_(state[name])
+    if ready is not None:
+        ready(steps - adam.steps)
     while adam.steps < steps and not stale(losses, patience):
         losses.append(_loss(entropy, blend.build(), adam.steps))
         adam.step(blend.numbers, blend.gradient())

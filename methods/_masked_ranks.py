@@ -6,6 +6,7 @@ All tasks' components lie under each other, so that one product makes the weight
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ import torch
 
 from mergectl.methods import _spectral
 from mergectl.methods._blend import Dense, Part, held
-from mergectl.methods._contract import Remember
+from mergectl.methods._contract import MergeWarning, Remember
 from mergectl.methods._spectral import Factors
 
 if TYPE_CHECKING:
@@ -22,7 +23,15 @@ if TYPE_CHECKING:
 
 HOLD = ("float32", "bfloat16", "disk", "kept")
 HOLD_HELP = "how factors are held: in memory, there in half, in the lab's cache on disk, or only those kept at first"
+NOT_KEPT = (
+    "hold=disk: not all decompositions of this merge are kept on disk, so that every step makes them anew. Allow more "
+    "room (MERGECTL_FACTORS_GB, and on the disk), or hold them in memory: hold=bfloat16."
+)
 _AT_ONCE = 1 << 22  # numbers of an intermediate product
+
+
+class _LostError(Exception):
+    """A decomposition is not remembered."""
 
 
 class Ranks:
@@ -95,7 +104,24 @@ class Kit:
                 return self._ranks(name, x)
             return Dense(held(self.vectors, name, x, "disk" if self.hold == "disk" else "float32", self.device))
 
-        return dict(zip(chosen, chosen.survey(make), strict=True))
+        parts = dict(zip(chosen, chosen.survey(make), strict=True))
+        if self.hold == "disk" and not self._are_kept([name for name in chosen if name in with_mask]):
+            warnings.warn(NOT_KEPT, MergeWarning, stacklevel=2)
+        return parts
+
+    def _are_kept(self, names: Iterable[str]) -> bool:
+        """Say whether all decompositions are remembered, so that no step has to make them anew."""
+
+        def lost() -> torch.Tensor:
+            raise _LostError
+
+        try:
+            for name in names:
+                for task in self.vectors.tasks:
+                    _spectral.factors(self.remember, name, task, lost, self.of)
+        except _LostError:
+            return False
+        return True
 
     def logits(self, name: str, ranks: Ranks, kept: float, pruned: float) -> torch.Tensor:
         """Return the logits to begin with, [task, component]: the largest components are kept."""

@@ -94,10 +94,19 @@ def merge(
     rules = _blend.Rules(limits, normalize, temperature, soft_mask)
     outset = Outset(start, rank_ratio, scale, decompose, hold)
     blend = outset.blend(task_vectors, base, linears, remember, rules, _adapting.device_of(entropy))
-    if blend.masked and 0 < steps * rate < BARRIER and not soft_mask:
-        warnings.warn(f"masks cannot change in {steps} steps at lr {rate:g}: {NEVER}", MergeWarning, stacklevel=2)
-    _adapting.adapt(blend, entropy, watch, steps=steps, rate=rate, patience=patience)
+
+    def ready(left: int) -> None:
+        if blend.masked and 0 < steps * rate < BARRIER and not soft_mask and left * rate < nearest(blend):
+            warnings.warn(f"masks cannot change in {steps} steps at lr {rate:g}: {NEVER}", MergeWarning, stacklevel=2)
+
+    _adapting.adapt(blend, entropy, watch, steps=steps, rate=rate, patience=patience, ready=ready)
     yield from blend.changes(base)
+
+
+def nearest(blend: _blend.Blend) -> float:
+    """Return how far the logit that is nearest to its border is from it; what was learned before may have moved it."""
+    logits = [blend.logits(name, blend.numbers) for name in blend.masked]
+    return min((float(x.abs().min()) for x in logits if x.numel()), default=BARRIER)
 
 
 @dataclass(frozen=True)

@@ -277,6 +277,26 @@ def test_a_run_keeps_what_was_learned_step_by_step(cli: Cli, population: Path) -
     assert [Path(path).name for (path,) in kinds] == ["adaptation.json", "adaptation.safetensors"]
 
 
+def test_shares_are_of_all_components_where_only_the_kept_ones_are_held(cli: Cli, population: Path) -> None:
+    how = ["--start", "cart", "--rank-ratio", 0.5, "--steps", 2, "--lr", 0.06]  # nothing is pruned in the first step
+    for held in ("float32", "kept"):
+        assert cli(*words(population, held, "adarank", *how, "--hold", held)) == 0
+    first = "SELECT task, value FROM metrics m JOIN runs r USING (run_id) WHERE r.name = ? AND m.name = 'kept_share' " \
+            "AND step = 1 ORDER BY 1"  # fmt: skip
+    assert store(first, "kept") == store(first, "float32")
+    ranks = [json.loads(Path(held, "adaptation.json").read_text())["rank"] for held in ("float32", "kept")]
+    assert ranks[0] == ranks[1]
+
+
+@pytest.mark.parametrize(("room", "said"), [("0", True), ("1", False)])
+def test_factors_that_the_disk_does_not_keep_are_said_to_be_made_in_every_step(
+    room: str, said: bool, cli: Cli, population: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setenv("MERGECTL_FACTORS_GB", room)
+    assert cli(*words(population, "m", "adarank", "--steps", 2, "--hold", "disk")) == 0
+    assert ("every step makes them anew" in capsys.readouterr().err) == said
+
+
 def test_what_was_looked_at_is_recorded(cli: Cli, population: Path) -> None:
     assert cli(*words(population, "plain", "adamerging", "--steps", 1)) == 0
     assert cli(*words(population, "seen", "adamerging", "--steps", 1, "--adapt-on", "report")) == 0
@@ -351,6 +371,21 @@ def test_rows_to_score_on_may_be_missing_unless_asked_for(
     assert cli(*words(population, "b", "adamerging", *few, "--adapt", "score-every=2")) == 2
 
 
+def test_an_adaptation_that_stops_early_says_so_and_is_scored(
+    cli: Cli, population: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def level(self: LabEntropy, weights: Any, step: int) -> float:
+        self.by_task = {"digits/loop": 0.5, "digits/parity": 0.5}
+        return 1.0
+
+    monkeypatch.setattr(LabEntropy, "__call__", level)
+    more = ["--patience", 2, "--adapt", "score-every=10", "--adapt", "score-limit=10"]
+    assert cli(*words(population, "a", "adamerging", "--steps", 50, *more)) == 0
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(r"stopped after step 4/50, by --patience: entropy 0\.5000, tune .* \(.*\)", line)
+    assert store("SELECT DISTINCT step FROM metrics WHERE name = 'adapt_tune_score' ORDER BY 1") == [(1,), (4,)]
+
+
 def test_an_adaptation_that_was_killed_goes_on_to_the_same_model(
     cli: Cli, population: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -380,6 +415,20 @@ def test_an_adaptation_that_was_killed_goes_on_to_the_same_model(
     assert not list(Path("lab/cache/adaptation").glob("*"))
 
 
+def test_an_adaptation_that_was_killed_after_its_last_step_notes_nothing_twice(
+    cli: Cli, population: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how = ["--steps", 4, "--adapt", "score-every=2", "--adapt", "score-limit=10"]
+    assert cli(*words(population, "whole", "adarank", *how)) == 0
+    noted = "SELECT task, m.name, step, value FROM metrics m JOIN runs r USING (run_id) WHERE r.name = ? ORDER BY ALL"
+    monkeypatch.setattr(adaptation_watch, "SECONDS", 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(adaptation_watch.LabWatch, "_warn", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert cli(*words(population, "again", "adarank", *how)) == 130
+    assert cli(*words(population, "again", "adarank", *how)) == 0
+    assert store(noted, "again") == store(noted, "whole")
+
+
 @pytest.mark.filterwarnings("ignore:masks cannot change")
 def test_learned_numbers_make_the_same_model_again_without_any_data(
     cli: Cli, population: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
@@ -393,6 +442,16 @@ def test_learned_numbers_make_the_same_model_again_without_any_data(
     assert "there is no adaptation.safetensors" in capsys.readouterr().err
     assert cli(*words(population, "x", "adamerging", "--steps", 0, "--adapt", "start-from=m")) == 2
     assert "numbers to go on from, and" in capsys.readouterr().err
+
+
+def test_numbers_learned_from_another_start_are_refused(cli: Cli, population: Path, capsys: Any) -> None:
+    assert cli(*words(population, "m", "adarank", "--steps", 2, "--start", "cart")) == 0
+    more = ["--steps", 0, "--adapt", "start-from=m"]
+    assert cli(*words(population, "x", "adarank", *more)) == 2
+    assert "was learned with start=cart, and means nothing with start=ta. Give it: --start cart" in (
+        capsys.readouterr().err
+    )
+    assert cli(*words(population, "y", "adarank", *more, "--start", "cart")) == 0
 
 
 def test_a_spoilt_checkpoint_is_passed_over(population: Path, tmp_path: Path) -> None:

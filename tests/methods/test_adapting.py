@@ -142,6 +142,29 @@ def test_masks_that_cannot_change_are_said_to_and_do_not() -> None:
     assert all(torch.equal(bits[0][name], bits[1][name]) for name in MASKED)
 
 
+def test_masks_that_what_was_learned_before_brought_near_their_border_may_change() -> None:
+    class Watch:
+        def __init__(self, state: Any) -> None:
+            self.state = state
+
+        def resume(self) -> Any:
+            return None if self.state is None else {**self.state, "losses": torch.zeros(0)}
+
+        def __call__(self, learned: Any) -> None:
+            self.state, self.bits = learned.state, {name: x > 0 for name, x in learned.logits.items()}
+
+    def run(watch: Watch, steps: int) -> Watch:
+        given: dict[str, Any] = {"steps": steps, "lr": LR, "rank_ratio": 0.5}
+        merge_weights("adarank", BASE, EXPERTS, supplies={"entropy": entropy, "watch": watch}, **given)
+        return watch
+
+    with pytest.warns(MergeWarning, match="masks cannot change"):
+        first = run(Watch(None), 3)
+    before = first.bits
+    after = run(Watch(first.state), 3).bits  # a warning would be an error
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
 def test_a_mask_depends_on_the_signs_of_its_logits_alone_and_zero_is_pruned() -> None:
     blend = begun()
     before = {name: x.detach().clone() for name, x in blend.build().items()}
