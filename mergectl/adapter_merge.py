@@ -18,10 +18,14 @@ from mergectl.errors import UserError, did_you_mean
 from mergectl.families import Family, open_family
 from mergectl.lab import Lab, versions
 from mergectl.merge import MergeJob, checked, described
+from mergectl.supplies import asked_by
 from mergectl.verbs import Result, merge_config, record_inputs, record_model, spare_inputs
 
 if TYPE_CHECKING:
     import torch
+
+# What the lab measures of whole models on rows, for methods that ask for it.
+MEASURED = {"fishers": "Fisher information", "grams": "second moments of inputs", "entropy": "prediction entropy"}
 
 
 def merge_adapters(
@@ -31,6 +35,11 @@ def merge_adapters(
     """Merge adapters of one base into the adapter folder `out`; with `reuse`, not again if a finished run did this."""
     family = open_family(job.base, job.experts, lab.find_run)
     recipe = checked(job.recipe, list(family.experts))
+    if measured := [name for name in asked_by(recipe, family) if name in MEASURED]:
+        raise UserError(
+            f"{recipe.method} needs {MEASURED[measured[0]]}, which is measured on whole models. Leave out --adapter to "
+            "merge the models that the adapters stand for."
+        )
     adapters = checked_adapters(family, rank, mode)
     kind = next(iter(adapters.values())).kind
     mode = (mode or "product") if kind == "LORA" else None

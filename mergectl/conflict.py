@@ -125,13 +125,13 @@ def store_conflict(lab: Lab, model: str, experts: Sequence[tuple[str | None, str
 
 
 def show_conflict(
-    lab: Lab, model: str, experts: Sequence[tuple[str | None, str]], *, asked: bool, scoring: bool
+    lab: Lab, model: str, experts: Sequence[tuple[str | None, str]], *, asked: bool, others: Sequence[str] = ()
 ) -> None:
     """Measure, store and print, if that and nothing else is asked for."""
     if not asked:
         raise UserError("--experts names models whose conflict is measured. Add --conflict; heads have --heads.")
-    if scoring:
-        raise UserError("--conflict measures weights, not answers. Leave out --on and --heads.")
+    if others:
+        raise UserError(f"--conflict measures weights, not answers. Leave out --{others[0]}.")
     result = store_conflict(lab, model, experts)
     found = {"": _told(result["parts"]), "factors": _told(result["factors"])}
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mergectl.adapters import START
 from mergectl.errors import UserError
 from mergectl.families import open_family
 from mergectl.weights import WeightFile
@@ -65,7 +66,10 @@ def divide_adapters(
         model = lowrank.put_on(models.build(source, task, seed=config.seed), config)
     start = {name: weight.detach() for name, weight in trainable(model)[0].items()}
     branches: dict[str, Weights] = {name: _Adapter(folder, start) for name, folder in folders.items()}
-    others: dict[str, Weights] = {ref: _Adapter(Path(ref), start) for ref in references}
+    found = {ref: _Adapter(Path(ref), start) for ref in references}
+    for ref, adapter in found.items():
+        adapter.check_start(ref, start)
+    others: dict[str, Weights] = dict(found)
     return Division(start, branches, others, list(start))
 
 
@@ -77,10 +81,26 @@ class _Adapter(Mapping[str, "torch.Tensor"]):
         path = next((path for path in paths if path.exists()), None)
         if path is None:
             raise UserError(f"{folder} holds no adapter, and adapters can be divided only against adapters.")
-        self._file, self._names = WeightFile(path), list(start)
+        self._folder, self._file, self._names = path.parent, WeightFile(path), list(start)
         for name, weight in start.items():
             if name not in self._file.header or self._file.header[name].shape != tuple(weight.shape):
                 raise UserError(f"The adapter in {path.parent} is of another kind: it has no '{name}' of this shape.")
+
+    def check_start(self, ref: str, start: Weights) -> None:
+        """Refuse LoRA factors that were begun elsewhere: how they differ from `start` says nothing about training."""
+        import torch
+
+        factors = [name for name in self._names if ".lora_" in name]
+        if not factors:
+            return
+        if not (self._folder / START).exists():
+            raise UserError(f"{ref} does not keep the factors that it was begun from ({START}).")
+        begun = WeightFile(self._folder / START)
+        if not all(name in begun.header and torch.equal(begun.read(name), start[name]) for name in factors):
+            raise UserError(
+                f"{ref} was begun from other factors than this training would be. Take its seed (mergectl --seed N "
+                "finetune ...), or a model that was trained with this one."
+            )
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._file.read(name)

@@ -6,6 +6,7 @@ multiplication; disk is that of the models that a step writes. What cannot be kn
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import time
@@ -13,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mergectl.errors import UserError
+from mergectl.presets import settled
 from mergectl.steps import words_of
 
 # Weights of the models that shipped pipelines begin from; those of a local folder are counted.
@@ -52,12 +55,17 @@ def estimate(step: Mapping[str, Any], settings: Mapping[str, Any]) -> Estimate:
     if verb == "finetune":
         copies = tasks * math.prod(len(values) for values in what.get("grid", {}).values())
         kept = copies * size * (1 + ADAPTER if what.get("peft", "none") != "none" else 1)
-        return Estimate(kept, 6 * weights * (what.get("max_length") or LENGTH) * _rows(what) * copies)
+        rows = _rows(what)
+        if what.get("for") == "medusa":  # the short trainings are models, too
+            kept, rows = 2 * kept + copies * size / 32, rows + (what.get("prepass_epochs") or 1) * EPOCH_ROWS
+        return Estimate(kept, 6 * weights * (what.get("max_length") or LENGTH) * rows * copies)
     if verb == "merge":
         models = 2 + (len(words_of(what, "experts")) if isinstance(what["experts"], list) else tasks)
         return Estimate(size, _adapting(what, weights, tasks), models * size / DISK_SPEED)
     if verb == "search":
         return Estimate(size, what.get("trials", 20) * answer)
+    if what.get("conflict"):  # nothing is answered: the base and the experts are read
+        return Estimate(0.0, 0.0, len(words_of(what, "models")) * (1 + tasks) * size / DISK_SPEED)
     return Estimate(0.0, answer * len(words_of(what, "models")))
 
 
@@ -67,7 +75,15 @@ def total(found: Sequence[Estimate]) -> Estimate:
 
 
 def _rows(what: Mapping[str, Any]) -> float:
-    """Rows that a fine-tuning reads, of one task."""
+    """Rows that a fine-tuning reads, of one task; the preset medusa says how many by the task."""
+    found = [what]
+    if what.get("preset") == "medusa":
+        with contextlib.suppress(UserError):  # of a suite, or of a task that it does not know
+            found = [settled(task, {}, what) for task in words_of(what, "tasks")] or found
+    return sum(map(_rows_of, found)) / len(found)
+
+
+def _rows_of(what: Mapping[str, Any]) -> float:
     batch = (what.get("batch_size") or 16) * (what.get("accumulation") or 1)
     steps = what.get("max_steps")
     return float(steps * batch if steps else (what.get("epochs") or 3) * EPOCH_ROWS)

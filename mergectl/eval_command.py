@@ -57,7 +57,11 @@ def evaluate(
     if conflict or experts:
         from mergectl.conflict import show_conflict
 
-        show_conflict(lab, model, named(experts or []), asked=conflict, scoring=bool(on or heads))
+        others = {
+            "on": on, "heads": heads, "split": split != "report", "limit": limit, "references": references,
+            "answer-metric": answer_metric != "rank", "show": show, "flops": flops, "inputs": inputs != "full",
+        }  # fmt: skip
+        show_conflict(lab, model, named(experts or []), asked=conflict, others=[n for n, v in others.items() if v])
         return
     score(
         lab, model, on, named(heads or []), split=split, limit=limit, batch_size=batch_size, dtype=dtype,

@@ -105,17 +105,19 @@ def finetune_grid(
 ) -> list[Result]:
     """Fine-tune one expert per task and point of the grid into `out/<task>-<values>`; without a grid, one per task.
 
-    Every combination is checked before the first training, and of several those already finished are not done again.
+    Every combination is checked before the first training; those already finished are not done again (without a
+    grid: unless `force` is given).
     """
     every = points(grid)
     for point in every:
         FinetuneConfig(task="", base="", **{"seed": lab.seed, **plain(options), **point})
     results: list[Result] = []
+    again = len(every) > 1 or not force
     for point in every:
         varied = {name: value for name, value in point.items() if name != "seed"}
         results += finetune_experts(
             replace(lab, seed=point.get("seed", lab.seed)),
-            words, base, out, {**options, **varied}, force=force, reuse=reuse, again=len(every) > 1,
+            words, base, out, {**options, **varied}, force=force, reuse=reuse, again=again,
             suffix=suffix(point),
         )  # fmt: skip
     return results

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergectl import __version__
+from mergectl.bits import pack_bits
 from mergectl.checkpoints import open_checkpoint
 from mergectl.digests import blake3
 from mergectl.errors import UserError
 from mergectl.families import short_names
 from mergectl.lab import Lab
-from mergectl.ownership import TOP_K, MaskPlan, Ownership, make_masks, save_masks
+from mergectl.ownership import TOP_K, MaskPlan, Ownership, load_masks, make_masks, save_masks
 from mergectl.presets import settled
 from mergectl.ranks import leads, wait_for_all
 from mergectl.verbs import Masked, Result, base_source, finetune_experts
@@ -45,6 +46,11 @@ class MedusaJob:
     def __post_init__(self) -> None:
         if self.prepass_percent is not None and not 0 < self.prepass_percent <= 100:
             raise UserError(f"prepass_percent must lie above 0 and at most be 100, got {self.prepass_percent:g}.")
+        idle = [
+            name for name, given in (("top_k", self.top_k is not None), ("unowned", self.unowned != "freeze")) if given
+        ]
+        if self.mask == "half" and idle:
+            raise UserError(f"mask=half gives away whole rows, so {idle[0]} has no meaning beside it. Leave it out.")
 
     @property
     def short(self) -> dict[str, Any]:
@@ -99,6 +105,7 @@ def finetune_for_medusa(
 
 def _checked(lab: Lab, words: Sequence[str], base: str, out: Path, options: Mapping[str, Any], job: MedusaJob) -> _Work:
     """Refuse before any training what could not be done."""
+    from mergectl import division
     from mergectl.finetune_config import FinetuneConfig
 
     tasks, source = lab.tasks(words), base_source(lab, base)
@@ -111,6 +118,8 @@ def _checked(lab: Lab, words: Sequence[str], base: str, out: Path, options: Mapp
     plan = job.plan(configs[0].peft, lab.seed)
     plan.check(len(tasks), len(job.against))
     references = [str(open_checkpoint(ref, lab.find_run).folder) for ref in job.against]
+    if references:
+        division.of(source, tasks[0], configs[0], {}, references)
     return _Work(source, tasks, configs[0], plan, references, out)
 
 
@@ -159,13 +168,16 @@ def _make(
     from mergectl import division
 
     place = work.out / "masks"
-    if place.exists() and not force:
-        raise UserError(f"{place} holds the masks of another job. Choose another -o, or replace them with --force.")
     with lab.start("masks", config, seed=work.plan.seed, name=f"masks-{work.plan.kind}", inputs=inputs) as run:
         lab.terminal.say(f"Masks: dividing the model's elements among {', '.join(folders)}")
         models = division.of(work.source, work.tasks[0], work.config, folders, work.references)
         found = make_masks(models.base, models.branches, models.references, work.plan, models.order)
-        _write(place, found, work.files)
+        if not _lie_there(found, work.files):
+            if place.exists() and not force:
+                raise UserError(
+                    f"{place} holds the masks of another job. Choose another -o, or replace them with --force."
+                )
+            _write(place, found, work.files)
         _record(run, found, work.files)
     for line in _owners(found):
         lab.terminal.say(line)
@@ -177,6 +189,19 @@ def _owners(found: Ownership) -> list[str]:
     owned = [f"{task} owns {100 * share:.1f} %" for task, share in found.shares.items()]
     lines = [f"{', '.join(owned)}, nobody {100 * found.nobody:.1f} %"]
     return lines + ([f"taken of the finished models: {found.chosen}"] if found.chosen else [])
+
+
+def _lie_there(found: Ownership, files: Mapping[str, Path]) -> bool:
+    """Whether exactly these masks were written already, by a run that was killed before its end."""
+    import torch
+
+    for task, file in files.items():
+        there = dict(load_masks(file)) if file.exists() else {}
+        if list(there) != list(found.bits[task]):
+            return False
+        if not all(torch.equal(pack_bits(mask), found.bits[task][name]) for name, mask in there.items()):
+            return False
+    return True
 
 
 def _write(place: Path, found: Ownership, files: Mapping[str, Path]) -> None:

@@ -210,6 +210,7 @@ def finetune_one(
     }
     if reuse and (done := lab.done("finetune", config, out=out)):
         return {"run": done["run_id"], "task": task.id, "out": str(out), "again": True}
+    force = force or _cut_short(lab, config, out)
     artefacts.check_free(out, force)
     alone = claimed(out, "fine-tuning into") if leads() else nullcontext()
     with alone, lab.start("finetune", config, name=out.name) as run:
@@ -222,3 +223,14 @@ def finetune_one(
             result = finetune(settings, out, data=lab.data, run=run, progress=progress, force=force, task=task)
         record_model(run, out, open_checkpoint(out).digest)
     return {"run": run.id, "task": task.id, "out": str(out), "again": False, **result}
+
+
+def _cut_short(lab: Lab, config: Mapping[str, Any], out: Path) -> bool:
+    """Whether `out` was written by a run of exactly this work that was killed before its end, so that nobody has it."""
+    from mergectl.artefacts import MODEL
+    from mergectl.store import digest_of
+
+    if not any((out / name).exists() for name in MODEL) or not (wrote := open_checkpoint(out).meta.get("run")):
+        return False
+    run = lab.store.find(wrote)
+    return run is not None and run["status"] != "finished" and run["config_digest"] == digest_of(dict(config))

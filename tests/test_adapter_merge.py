@@ -304,6 +304,13 @@ def test_a_method_that_keeps_something_per_task_makes_no_adapter(lora: Path, cli
     assert "which one adapter cannot hold" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("method", ["fisher", "regmean", "adamerging"])
+def test_what_is_measured_on_whole_models_makes_no_adapter(lora: Path, cli: Cli, capsys: Capture, method: str) -> None:
+    assert cli("merge", method, *PAIR, "-o", "m", "--adapter") == 2
+    assert "is measured on whole models. Leave out --adapter" in capsys.readouterr().err
+    assert not Path("lab").exists()
+
+
 def test_an_adapter_merge_cannot_be_made_again_as_a_model(lora: Path, cli: Cli, capsys: Capture) -> None:
     assert cli("merge", "average", *PAIR, "-o", "m", "--adapter") == 0
     assert cli("merge", "--again", "m") == 2

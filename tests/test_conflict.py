@@ -107,6 +107,9 @@ def test_experts_that_changed_disjoint_elements_have_no_conflict(
 WRONG: list[tuple[list[str], str]] = [
     (["--conflict"], "does not say from which base and experts it was merged"),
     (["--conflict", "--on", "digits/loop"], "--conflict measures weights, not answers"),
+    (["--conflict", "--limit", "8"], "not answers. Leave out --limit."),
+    (["--conflict", "--flops"], "not answers. Leave out --flops."),
+    (["--conflict", "--answer-metric", "greedy_prob"], "not answers. Leave out --answer-metric."),
     (["--experts", "x"], "--experts names models whose conflict is measured. Add --conflict"),
 ]
 

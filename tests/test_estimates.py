@@ -32,6 +32,23 @@ def test_every_value_of_a_grid_is_a_model() -> None:
     assert estimates.estimate(step, {}).disk == 6 * estimates.estimate(one, {}).disk
 
 
+def test_short_trainings_and_the_presets_epochs_are_counted() -> None:
+    tasks = {"tasks": ["glue-t5/cola", "glue-t5/rte"], "base": "google/t5-v1_1-base"}
+    usual, published = ({"finetune": {**tasks, **more}} for more in ({}, {"preset": "medusa"}))
+    owned = {"finetune": {**tasks, "preset": "medusa", "for": "medusa"}}
+    plain, preset, medusa = (estimates.estimate(step, {}) for step in (usual, published, owned))
+    assert preset.flops == pytest.approx(5 * plain.flops)  # 10 and 20 epochs, not 3
+    assert medusa.flops == pytest.approx(preset.flops * 16 / 15)
+    assert medusa.disk == pytest.approx(preset.disk * (2 + 1 / 32))
+
+
+def test_measuring_a_conflict_answers_nothing() -> None:
+    facts = {"models": ["@merged"], "conflict": True}
+    found = estimates.estimate({"eval": facts}, {"base": "google/t5-v1_1-base", "tasks": ["a", "b"]})
+    assert found.flops == 0
+    assert 0 < found.seconds < 60
+
+
 def test_a_limit_bounds_what_answering_takes() -> None:
     step = {"eval": {"models": ["@a", "@b"]}}
     few = {"eval": {"models": ["@a", "@b"], "limit": 20}}

@@ -143,6 +143,33 @@ def test_a_grid_of_several_tasks_trains_each_with_each_value(cli: Cli, populatio
     assert {path.name for path in Path("experts").iterdir()} == names
 
 
+def test_several_tasks_without_a_grid_go_on_where_they_were(cli: Cli, capsys: Capture, population: Path) -> None:
+    words = ["finetune", "digits/parity", "digits/loop", "--base", population / "base", *SHORT]
+    assert cli(*words) == 0
+    shutil.rmtree("runs/loop")
+    assert cli(*words) == 0
+    counts = rows(cli, capsys, "select name, count(*) as n from runs where kind = 'finetune' group by name")
+    assert {row["name"]: row["n"] for row in counts} == {"parity": 1, "loop": 2}
+    assert cli(*words, "--lr", "1e-4") == 2
+    assert "runs/parity exists already" in capsys.readouterr().err
+
+
+def test_what_a_kill_left_between_its_folder_and_the_runs_end_is_made_again(
+    cli: Cli, capsys: Capture, population: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mergectl import verbs
+
+    words = ["finetune", "digits/parity", "--base", population / "base", *SHORT]
+    with monkeypatch.context() as patch:
+        patch.setattr(verbs, "record_model", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert cli(*words) == 130
+    assert Path("runs/parity/config.json").exists()
+    assert cli(*words, "--lr", "1e-4") == 2  # another work does not replace it
+    assert cli(*words) == 0
+    found = rows(cli, capsys, "select status from runs where name = 'parity' order by status")
+    assert [row["status"] for row in found][-1] == "finished"
+
+
 def test_a_grid_may_stand_in_a_pipeline(cli: Cli, population: Path) -> None:
     step = {"tasks": ["digits/parity"], "base": str(population / "base"), "grid": {"lr": [1e-3, 1e-5]},
             "max_steps": 2, "limit_fit": 32, "limit_tune": 16, "out": "experts"}  # fmt: skip

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mergectl import medusa
+from mergectl import medusa, verbs
 from mergectl.ownership import Ownership, load_masks
 from mergectl.presets import settled
 from tests.conftest import Cli
@@ -142,6 +142,26 @@ def test_after_a_kill_only_what_is_missing_is_done(
         assert all(torch.equal(one[key], two[key]) for key in one)
 
 
+def test_masks_that_a_killed_run_wrote_are_taken(
+    ran: Path, cli: Cli, capsys: Capture, population: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [*PAIR, "--base", str(population / "base"), "--mask", "hard"]
+    for name in ("masks", "parity", "loop"):
+        shutil.rmtree(Path("runs") / name)
+    with monkeypatch.context() as patch:
+        patch.setattr(medusa, "_record", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert cli(*words) == 130
+    assert Path("runs/masks/loop.safetensors").exists()
+    monkeypatch.setattr(medusa, "finetune_experts", _only_short(verbs.finetune_experts))
+    assert cli(*words) == 0
+    assert rows(cli, capsys, "select status from runs where name = 'masks-hard' and status = 'finished'")
+
+
+def _only_short(train: Any) -> Any:
+    """The short trainings of a job, without the masked ones."""
+    return lambda *words, masked=None, **how: train(*words, **how) if masked is None else []
+
+
 def test_masks_of_another_plan_do_not_replace_those_that_experts_were_trained_with(
     ran: Path, cli: Cli, capsys: Capture, population: Path
 ) -> None:
@@ -166,6 +186,24 @@ def test_partial_control_does_not_oppose_a_finished_model(ran: Path, cli: Cli, p
         elected = _ownership.trim(finished[name] - start[name], 87.5).sign()
         assert not (((short[name] - start[name]).sign() * elected)[mask] < 0).any()
         assert not ((after[name] != start[name]) & ~mask).any()
+
+
+def test_adapters_are_divided_only_against_such_as_were_begun_alike(
+    cli: Cli, capsys: Capture, population: Path
+) -> None:
+    base = ["--base", str(population / "base"), "--peft", "lora", *SHORT, "--max-steps", "1"]
+    assert cli("--seed", "1", "finetune", "digits/parity", *base, "-o", "first") == 0
+    beside = ["finetune", "digits/loop", *base, "--for", "medusa", "-o", "beside", "--against"]
+    for model, sentence in (
+        ("first/parity", "first/parity was begun from other factors than this training would be."),
+        (str(population / "parity"), "holds no adapter, and adapters can be divided only against adapters."),
+    ):
+        assert cli(*beside, model) == 2
+        assert sentence in capsys.readouterr().err
+        assert not Path("beside").exists()  # told before any training
+    Path("first/parity/adapter/start.safetensors").unlink()
+    assert cli("--seed", "1", *beside, "first/parity") == 2
+    assert "does not keep the factors that it was begun from" in capsys.readouterr().err
 
 
 def test_a_reference_mask_says_which_model_it_was_made_against(
@@ -216,6 +254,8 @@ WRONG: list[tuple[list[str], str]] = [
     (["--for", "medusa", "--mask", "reference"], "mask=reference is for one task beside finished models"),
     (["--for", "medusa", "--mask", "hard", "--against", "runs/x"], "mask=hard takes no finished models"),
     (["--for", "medusa", "--top-k", "0"], "top_k must lie above 0"),
+    (["--for", "medusa", "--mask", "half", "--top-k", "50"], "so top_k has no meaning beside it"),
+    (["--for", "medusa", "--mask", "half", "--unowned", "first"], "so unowned has no meaning beside it"),
     (["--for", "medusa", "--prepass-epochs", "0"], "epochs must be above 0"),
     (["--for", "medusa", "--prepass-percent", "0"], "prepass_percent must lie above 0"),
     (["--for", "medusa", "--prepass-percent", "30", "--prepass-epochs", "2"], "both say how long the short trainings"),
