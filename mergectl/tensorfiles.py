@@ -64,7 +64,7 @@ class SafetensorsWriter:
         self._file = path.open("wb", buffering=0)
         try:
             write_all(self._file.fileno(), len(text).to_bytes(8, "little") + text, 0)
-            self._file.truncate(body + end)
+            _allocate(self._file.fileno(), body + end)
         except OSError:
             self._file.close()
             raise
@@ -120,6 +120,15 @@ def write_all(handle: int, data: bytes | memoryview, offset: int) -> None:
     view, done = memoryview(data), 0
     while done < len(view):
         done += os.pwrite(handle, view[done:], offset + done)
+
+
+def _allocate(handle: int, size: int) -> None:
+    """Give an open file its size: with its room on the disk, if the system can, which makes writing faster."""
+    allocate = getattr(os, "posix_fallocate", None)
+    if allocate is None:
+        os.ftruncate(handle, size)
+    else:
+        allocate(handle, 0, size)
 
 
 class ModelWriter:

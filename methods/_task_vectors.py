@@ -193,7 +193,7 @@ class TaskVectors(Mapping[str, "torch.Tensor"]):
 
     def _products(self, name: str) -> list[list[float]]:
         """Return the inner products within a weight."""
-        rows = [row.detach().reshape(-1) for row in self._lend(name)]
+        rows = [row if row.dim() == 1 else row.reshape(-1) for row in self._lend(name)]
         found = _inner(rows)
         if not np.isfinite(found).all():
             self._read(name)  # says which model holds what is not finite
@@ -242,10 +242,9 @@ def _inner(rows: Sequence[torch.Tensor]) -> list[list[float]]:
     rows = rows if len(rows[0]) >= _LONG else [row.double() for row in rows]
     run = math.gcd(len(rows[0]), _RUN) or 1
     pairs = list(itertools.combinations_with_replacement(range(len(rows)), 2))
-    cut = [row.view(-1, 1, run) for row in rows]
-    sums = torch.stack([torch.bmm(cut[i], cut[j].transpose(1, 2)) for i, j in pairs]).sum(
-        (1, 2, 3), dtype=torch.float64
-    )
+    across = [row.view(-1, 1, run) for row in rows]
+    down = [row.transpose(1, 2) for row in across]
+    sums = torch.stack([torch.bmm(across[i], down[j]) for i, j in pairs]).sum((1, 2, 3), dtype=torch.float64)
     found = dict(zip(pairs, sums.tolist(), strict=True))
     return [[found[min(i, j), max(i, j)] for j in range(len(rows))] for i in range(len(rows))]
 
