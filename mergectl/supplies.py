@@ -16,6 +16,9 @@ from mergectl.settings import describe
 from mergectl.tied import uses
 from mergectl.weights import read_json
 
+# Settings that decide what learned numbers are the numbers of.
+MEANING = ("start", "decompose", "granularity", "parameters", "plus", "density", "soft_mask")
+
 
 @dataclass(frozen=True)
 class Request:
@@ -68,10 +71,6 @@ def _watch(request: Request) -> Any:
         return None
     path = None if digest is None else lab.folder / "cache" / "adaptation" / f"{digest}.safetensors"
     return LabWatch(request.family.task_ids, path, lab.terminal, begin)
-
-
-# Settings that decide what learned numbers are the numbers of.
-MEANING = ("start", "decompose", "granularity", "parameters", "plus", "density", "soft_mask")
 
 
 def _check_meaning(start: str, recipe: Recipe) -> None:

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergectl.artefacts import add_json
+from mergectl.artefacts import FULL, add_json
 from mergectl.errors import UserError, WorkError
 from mergectl.headers import ITEM_BYTES, WORD_TO_TORCH
 from mergectl.weights import INDEX, SINGLE
@@ -124,11 +124,14 @@ def write_all(handle: int, data: bytes | memoryview, offset: int) -> None:
 
 def _allocate(handle: int, size: int) -> None:
     """Give an open file its size: with its room on the disk, if the system can, which makes writing faster."""
-    allocate = getattr(os, "posix_fallocate", None)
-    if allocate is None:
-        os.ftruncate(handle, size)
-    else:
-        allocate(handle, 0, size)
+    os.ftruncate(handle, size)
+    try:
+        os.posix_fallocate(handle, 0, size)
+    except AttributeError:  # the system knows no such thing
+        pass
+    except OSError as error:  # nor do all file systems
+        if error.errno in FULL:
+            raise
 
 
 class ModelWriter:

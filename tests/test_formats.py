@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from mergectl.checkpoints import open_checkpoint
 from mergectl.errors import UserError
 from mergectl.families import open_family
 from mergectl.models import quiet
-from mergectl.tensorfiles import cut, parse_size
+from mergectl.tensorfiles import SafetensorsWriter, cut, parse_size
 from tests import population as tiny
 from tests.conftest import Cli
 
@@ -472,3 +474,21 @@ def test_the_card_names_its_parents_on_the_hub(cli: Cli, population: Path, monke
     )
     head = Path("m/README.md").read_text().split("---")[1]
     assert "base_model:\n- org/base\n- org/parity\nbase_model_relation: merge" in head
+
+
+@pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSPC])
+def test_a_file_system_that_takes_no_room_beforehand_is_written_all_the_same_and_a_full_one_told(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    path, weight = tmp_path / "m.safetensors", torch.arange(6.0)
+    if code == errno.ENOSPC:
+        with pytest.raises(OSError, match="No space left"):
+            SafetensorsWriter(path, {"w": (6,)}, {"w": "F32"})
+        return
+    with SafetensorsWriter(path, {"w": (6,)}, {"w": "F32"}) as writer:
+        writer.write("w", weight)
+    assert torch.equal(load_file(path)["w"], weight)
