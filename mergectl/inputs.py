@@ -14,6 +14,8 @@ from mergectl.errors import UserError
 if TYPE_CHECKING:
     import torch
 
+    from mergectl.methods._stored import Array
+
 Weights = Mapping[str, "torch.Tensor"]
 
 
@@ -121,9 +123,15 @@ class Inputs:
         """Do what `weights` does, without a copy where that can be, and leave the check to `check_result`."""
         import torch
 
+        from mergectl.methods import _stored
+
         stored = [self._get(expert, name) for expert in self.experts.values()]
-        single = all(row.dtype == torch.float32 for row in stored)
-        rows = stored if single else list(self._stacked(name, stored))
+        bits = _stored.bits(stored)
+        rows: Sequence[torch.Tensor] = stored
+        if bits is not None:
+            rows = _stored.Stored(bits, stored[0].shape)
+        elif not all(row.dtype == torch.float32 for row in stored):
+            rows = list(self._stacked(name, stored))
         if name not in self._unchecked:
             self._compare(name, rows)
             self._unchecked.add(name)
@@ -144,9 +152,12 @@ class Inputs:
         self._check(name, result, result)
         return result
 
-    def lent_deltas(self, name: str) -> torch.Tensor:
-        """Do what `deltas` does, and leave the check to `check_result`."""
-        result = self._deltas(name)
+    def lent_deltas(self, name: str) -> Sequence[torch.Tensor] | torch.Tensor:
+        """Do what `deltas` does, without a copy where that can be, and leave the check to `check_result`."""
+        from mergectl.methods._stored import Stored
+
+        bits = self._bits(name)
+        result = self._deltas(name) if bits is None else Stored(bits[1:], self.shapes[name], bits[0])
         self._note_changed(result)
         self._unchecked.add(name)
         return result
@@ -154,8 +165,14 @@ class Inputs:
     def _deltas(self, name: str) -> torch.Tensor:
         import torch
 
+        from mergectl.methods import _stored
+
+        result = self.room("deltas", (len(self.tasks), *self.shapes[name]), torch.float32, self.device)
+        if (bits := self._bits(name)) is not None:
+            for delta, row in zip(result, bits[1:], strict=True):
+                _stored.subtract(row, bits[0], delta)
+            return result
         base = self.base_weight(name)
-        result = self.room("deltas", (len(self.tasks), *base.shape), torch.float32, self.device)
         for delta, expert in zip(result, self.experts.values(), strict=True):
             stored = self._get(expert, name)
             if stored.dtype == base.dtype == torch.float32:
@@ -165,6 +182,28 @@ class Inputs:
             else:
                 delta.copy_(stored).sub_(base)
         return result
+
+    def _bits(self, name: str) -> list[Array] | None:
+        """Return the bits of the base's row and of the experts', where the loops on these can serve."""
+        from mergectl.methods import _stored
+
+        assert self.base is not None
+        return _stored.bits(self._get(model, name) for model in (self.base, *self.experts.values()))
+
+    def on_base(self, name: str, merged: torch.Tensor, *, lent: bool) -> torch.Tensor:
+        """Return the base's weight plus a merged task vector; if `lent`, in memory that will serve again."""
+        import torch
+
+        from mergectl.methods import _stored
+
+        assert self.base is not None
+        if not lent or merged.dtype != torch.float32:
+            return self.base_weight(name) + merged
+        bits = _stored.bits([self._get(self.base, name)]) if merged.is_contiguous() else None
+        if bits is None and (base := self.base_weight(name)).dtype != merged.dtype:
+            return base + merged
+        result = self.room("merged", self.shapes[name], merged.dtype, self.device)
+        return torch.add(base, merged, out=result) if bits is None else _stored.put_on_top(bits[0], merged, result)
 
     def _weight(self, name: str) -> str:
         return self.blocks[name].weight if name in self.blocks else name
@@ -191,8 +230,8 @@ class Inputs:
         self._note_changed(rows, base)
 
     def _note_changed(self, rows: Sequence[torch.Tensor] | torch.Tensor, base: torch.Tensor | None = None) -> None:
-        for task, row in zip(self.tasks, rows, strict=True):
-            if task in self.unchanged and bool((row if base is None else row - base).any()):
+        for place, task in enumerate(self.tasks):
+            if task in self.unchanged and bool((rows[place] if base is None else rows[place] - base).any()):
                 self.unchanged.discard(task)
 
     def check_result(self, name: str, result: torch.Tensor) -> None:

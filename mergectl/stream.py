@@ -160,7 +160,7 @@ class Stream:
         if merged.shape != self.inputs.shapes.get(name):
             raise UserError(f"Method '{method}' gave an unknown or misshapen weight '{name}': mend its file.")
         if not is_weight:
-            weight = self._added(self.inputs.base_weight(name), merged)
+            weight = self.inputs.on_base(name, merged, lent=self._lends)
         else:  # a view may be of memory that the next weight is read into
             weight = merged.clone() if merged._is_view() else merged
         if not self._lends:
@@ -172,14 +172,6 @@ class Stream:
         block = self.inputs.blocks[name]
         last = block.stop == math.prod(self.inputs.shapes[block.weight])
         return Piece(block.weight, weight, delta, kept, start=block.start, last=last)
-
-    def _added(self, base: torch.Tensor, merged: torch.Tensor) -> torch.Tensor:
-        """Add a merged task vector to the base's weight."""
-        import torch
-
-        if not self._lends or merged.dtype != base.dtype:
-            return base + merged
-        return torch.add(base, merged, out=self.inputs.room("merged", base.shape, base.dtype, self.device))
 
     def _join(self, whole: Piece | None, part: Piece) -> Piece:
         """Put a block into its weight; blocks of one weight come one after the other."""

@@ -86,9 +86,8 @@ class SafetensorsWriter:
             if self.missing[name] == 0:
                 del self.missing[name]
         dtype = getattr(torch, WORD_TO_TORCH[self.dtypes[name]])
-        if tensor.dtype != dtype or not tensor.is_cpu or not tensor.is_contiguous() or tensor.requires_grad:
-            tensor = tensor.detach().to("cpu", dtype).contiguous()
-        if tensor.is_floating_point() and not is_finite(tensor):
+        tensor, finite = _cast(tensor, dtype)
+        if not finite:
             raise UserError(
                 f"The merged '{name}' holds numbers that {WORD_TO_TORCH[self.dtypes[name]]} cannot hold. "
                 "Choose smaller settings or another --dtype."
@@ -104,6 +103,20 @@ class SafetensorsWriter:
         self._file.close()
         if kind is None and self.missing:
             raise WorkError(f"The merge gave no '{min(self.missing)}' ({len(self.missing)} weights missing).")
+
+
+def _cast(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, bool]:
+    """Return numbers in a type, in one piece in main memory, and whether all of them are finite there."""
+    import torch
+
+    from mergectl.methods import _stored
+
+    plain = x.is_cpu and x.is_contiguous() and not x.requires_grad
+    if plain and x.dtype == torch.float32 and dtype == torch.bfloat16 and _stored.is_long(x):
+        return _stored.rounded(x)
+    if x.dtype != dtype or not plain:
+        x = x.detach().to("cpu", dtype).contiguous()
+    return x, not x.is_floating_point() or is_finite(x)
 
 
 def is_finite(x: torch.Tensor) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, TypeAlias, TypeVar, cast
 
 import numpy as np
@@ -34,17 +34,21 @@ def rows_of(x: torch.Tensor) -> Array:
     return rows
 
 
-def compiled(loop: Loop) -> Loop:
-    """Return the loop as machine code, made at the first call and kept on disk where that is possible."""
+def compiled(loop: Loop, fastmath: Collection[str] = ()) -> Loop:
+    """Return the loop as machine code, made at the first call and kept on disk where that is possible.
+
+    `fastmath` names what the compiler may change about floating-point numbers, in LLVM's words.
+    """
 
     @functools.cache
     def machine_code() -> Callable[..., Any]:
         import numba
 
+        how = {"nogil": True, "error_model": "numpy", "fastmath": set(fastmath)}
         try:
-            return cast("Callable[..., Any]", numba.njit(loop, nogil=True, cache=True, error_model="numpy"))
+            return cast("Callable[..., Any]", numba.njit(loop, cache=True, **how))
         except RuntimeError:  # no folder that may be written
-            return cast("Callable[..., Any]", numba.njit(loop, nogil=True, error_model="numpy"))
+            return cast("Callable[..., Any]", numba.njit(loop, **how))
 
     @functools.wraps(loop)
     def run(*given: Any) -> Any:

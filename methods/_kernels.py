@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from mergectl.methods import _fused
+from mergectl.methods._stored import Stored
 
 # A share such as 1 - 0.8 lies a few units of 2**-53 below the number that was meant, and so may its product with a
 # count: 7600 * (1 - 0.8) is 1519.9999999999998. That much is forgiven before rounding down.
@@ -47,6 +48,8 @@ def total(x: torch.Tensor) -> torch.Tensor:
 
 def weighted_total(x: torch.Tensor | Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
     """Return the sum over tasks of each task's row times its weight."""
+    if isinstance(x, Stored):
+        return x.weighted_total(weights)
     result = x[0] * weights[0]
     for row, weight in zip(x[1:], weights[1:], strict=True):
         result.add_(row, alpha=weight)
@@ -55,6 +58,8 @@ def weighted_total(x: torch.Tensor | Sequence[torch.Tensor], weights: Sequence[f
 
 def mean(x: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
     """Return the mean over tasks; that of copies is the copy bit for bit, that of two is rounded once."""
+    if isinstance(x, Stored):
+        return x.mean()
     if len(x) == 1:
         return x[0].clone()
     result = (x[0] + x[1]).mul_(0.5)

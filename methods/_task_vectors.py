@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from mergectl.methods import _kth
+from mergectl.methods._stored import Stored
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 Rows: TypeAlias = "Sequence[torch.Tensor] | torch.Tensor"  # one per task
@@ -193,11 +194,11 @@ class TaskVectors(Mapping[str, "torch.Tensor"]):
 
     def _products(self, name: str) -> list[list[float]]:
         """Return the inner products within a weight."""
-        rows = [row if row.dim() == 1 else row.reshape(-1) for row in self._lend(name)]
-        found = _inner(rows)
+        lent = self._lend(name)
+        found = lent.inner() if isinstance(lent, Stored) else _inner(lent)
         if not np.isfinite(found).all():
             self._read(name)  # says which model holds what is not finite
-            found = _inner([row.double() for row in rows])
+            found = _inner([row.double() for row in lent])
         return found
 
     def means_and_deviations(self) -> tuple[list[float], list[float]]:
@@ -234,11 +235,12 @@ def chunks(row: Array) -> Iterator[Array]:
     return (row[..., start : start + _CHUNK] for start in range(0, row.shape[-1], _CHUNK))
 
 
-def _inner(rows: Sequence[torch.Tensor]) -> list[list[float]]:
-    """Return the inner products of all pairs of flat rows: those of short runs in their own type, summed in float64.
+def _inner(lent: Rows) -> list[list[float]]:
+    """Return the inner products of all pairs of rows: those of short runs in their own type, summed in float64.
 
     The rounding of very many runs averages out; of few it would not, so these are taken in float64.
     """
+    rows = [row if row.dim() == 1 else row.reshape(-1) for row in lent]
     rows = rows if len(rows[0]) >= _LONG else [row.double() for row in rows]
     run = math.gcd(len(rows[0]), _RUN) or 1
     pairs = list(itertools.combinations_with_replacement(range(len(rows)), 2))
