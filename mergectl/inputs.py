@@ -96,11 +96,16 @@ class Inputs:
         found = {name: self.blocks[name].weight for name in names if name in self.blocks}
         return {name: (weight, math.prod(self.shapes[weight])) for name, weight in found.items()}
 
-    def _get(self, model: Weights, name: str) -> torch.Tensor:
+    def _stored(self, model: Weights, name: str) -> torch.Tensor:
         """Read a weight or a block as it is stored; it belongs to the model and is not to be changed."""
         stored = self._readers[id(model)].read(self.blocks[name]) if name in self.blocks else model[name].detach()
+        return stored if stored.is_cpu else stored.cpu()
+
+    def _get(self, model: Weights, name: str) -> torch.Tensor:
+        """Read a weight or a block as it is stored, to the device where it is merged."""
+        stored = self._stored(model, name)
         if self.device == "cpu":
-            return stored if stored.is_cpu else stored.cpu()
+            return stored
         return stored.pin_memory().to(self.device, non_blocking=True)  # torch keeps it until it has been copied
 
     def base_weight(self, name: str) -> torch.Tensor:
@@ -182,6 +187,19 @@ class Inputs:
             else:
                 delta.copy_(stored).sub_(base)
         return result
+
+    def some_deltas(self, name: str, step: int) -> Array:
+        """Read one entry in `step` of a weight of all task vectors, unchecked, in float32: [task, elements]."""
+        import torch
+
+        from mergectl.methods._order import thinned
+
+        assert self.base is not None
+        base, *rows = (
+            _wide(thinned(self._stored(model, name).reshape(-1), step)) for model in (self.base, *self.experts.values())
+        )
+        found: Array = torch.stack([(row - base).float() for row in rows]).numpy()
+        return found
 
     def _bits(self, name: str) -> list[Array] | None:
         """Return the bits of the base's row and of the experts', where the loops on these can serve."""

@@ -211,7 +211,8 @@ class Stream:
 
         shapes = {name: self.inputs.shapes[name] for name in names}
         lab = {"wholes": self.inputs.wholes(names), "spread": pool.map, "finish": finish}
-        vectors = TaskVectors(self.inputs.tasks, shapes, self.inputs.deltas, lend=self.inputs.lent_deltas, **lab)
+        lab |= {"lend": self.inputs.lent_deltas, "sample": self.inputs.some_deltas}
+        vectors = TaskVectors(self.inputs.tasks, shapes, self.inputs.deltas, **lab)
         for place, step in enumerate(refinements):
             supplied = self._supplied(step, vectors, refinements[:place], stream=place)
             vectors = settings.function_of(step.name)(**supplied, **step.settings)

@@ -124,7 +124,7 @@ def released(inter: Inter, vectors: TaskVectors, rules: Rules) -> Contest:
         return _premasked(inter(x, u * x.sign()).mul_(intra), x, floors)
 
     edges = [[drop_rank(rules.ratio, count)] * n, [1] * n]
-    dropped, largest = vectors.map(lambda name, x: score(x)).kth_largest(edges)
+    dropped, largest = vectors.map(lambda name, x: score(x), by_entry=True).kth_largest(edges)
 
     return Contest(score, lambda found: normalised(found, dropped, largest), (lows, highs), edges=(dropped, largest))
 
@@ -172,7 +172,7 @@ def published(vectors: TaskVectors, rules: Rules) -> Contest:
         intra = torch.stack([heat(wide, i, i, n).div_(means[i, i, n]) for i in range(n)])
         return _premasked(inter.mul_(intra).to(x.dtype), x, floors)
 
-    (dropped,) = vectors.map(lambda name, x: score(x)).kth_largest([[drop_rank(rules.ratio, count)] * n])
+    (dropped,) = vectors.map(lambda name, x: score(x), by_entry=True).kth_largest([[drop_rank(rules.ratio, count)] * n])
 
     def share(found: torch.Tensor) -> torch.Tensor:
         return found.mul_(found >= _kernels.column(dropped, found))

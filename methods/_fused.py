@@ -77,6 +77,57 @@ def elect_by_mass(rows: Array, out: Array) -> None:
 
 
 @compiled
+def balance(rows: Array, floors: Array, weights: Array) -> int:
+    """Count how many more sums over rows are positive than negative; of entries above a floor, times a weight."""
+    sums, found = np.empty(STRETCH, np.float64), 0
+    for start in range(0, rows.shape[1], STRETCH):
+        size, more = min(STRETCH, rows.shape[1] - start), np.int32(0)
+        sums[:size] = 0
+        for task in range(rows.shape[0]):
+            row, floor, weight = rows[task, start : start + size], floors[task], weights[task]
+            for i in range(size):
+                sums[i] += row[i] * weight if abs(row[i]) > floor else np.float32(0)
+        for i in range(size):
+            more += np.int32(sums[i] > 0) - np.int32(sums[i] < 0)
+        found += int(more)
+    return found
+
+
+@compiled
+def agreed(rows: Array, floors: Array, weights: Array, instead: np.float32, mean: bool, out: Array) -> None:
+    """Give the sum, or the mean, of the entries that have the sign of the sum over rows.
+
+    Of each row count entries above its floor, times its weight; `instead` is the sign of a sum that is zero.
+    """
+    kept = np.empty((rows.shape[0], STRETCH), np.float32)
+    sums, sign, votes = np.empty(STRETCH, np.float64), np.empty(STRETCH, np.float32), np.empty(STRETCH, np.float32)
+    for start in range(0, rows.shape[1], STRETCH):
+        size = min(STRETCH, rows.shape[1] - start)
+        mass = out[start : start + size]
+        sums[:size] = 0
+        mass[:] = 0
+        votes[:size] = 0
+        for task in range(rows.shape[0]):
+            row, own, floor, weight = rows[task, start : start + size], kept[task], floors[task], weights[task]
+            for i in range(size):
+                own[i] = row[i] * weight if abs(row[i]) > floor else np.float32(0)
+            for i in range(size):
+                sums[i] += own[i]
+        for i in range(size):
+            sign[i] = np.float32(1) if sums[i] > 0 else -np.float32(1) if sums[i] < 0 else instead
+        for task in range(rows.shape[0]):
+            own, weight = kept[task], weights[task]
+            for i in range(size):
+                part = own[i] * sign[i]
+                mass[i] += part if part > 0 else np.float32(0)
+                votes[i] += weight if part > 0 else np.float32(0)
+        for i in range(size):
+            mass[i] *= sign[i]
+            if mean:
+                mass[i] /= votes[i] if votes[i] != 0 else np.float32(1)
+
+
+@compiled
 def agreeing_sums(rows: Array, sign: Array, weights: Array, sums: Array, votes: Array) -> None:
     """Sum the entries that have the elected sign, and the weights of their rows."""
     for start in range(0, rows.shape[1], STRETCH):
@@ -127,31 +178,31 @@ def unify(rows: Array, unified: Array, masks: Array, own: Array, left: Array) ->
 
 
 @compiled
-def between(row: Array, low: np.float32, high: np.float32, magnitudes: bool, out: Array) -> tuple[int, int]:
-    """Count the entries, or magnitudes, from `high` on; collect and count those strictly between the bounds."""
+def between(row: Array, low: np.float32, high: np.float32, magnitudes: bool, out: Array) -> tuple[int, int, int, int]:
+    """Collect the entries, or magnitudes, strictly between bounds; count these, those above, at `high` and at `low`."""
     mask = np.zeros(STRETCH, np.uint8)
     words = mask.view(np.uint64)  # eight entries at a time are passed over
-    above, found = 0, 0
+    found, above, at_high, at_low = 0, 0, 0, 0
     for start in range(0, row.shape[0], STRETCH):
         part = row[start : start + STRETCH]
-        size, count = part.shape[0], np.int32(0)  # a short count keeps the registers full
+        size, more, highs, lows = part.shape[0], np.int32(0), np.int32(0), np.int32(0)  # short: registers stay full
         mask[size:] = 0
-        if magnitudes:
-            for i in range(size):
-                mask[i] = (abs(part[i]) > low) & (abs(part[i]) < high)
-                count += np.int32(abs(part[i]) >= high)
-        else:
-            for i in range(size):
-                mask[i] = (part[i] > low) & (part[i] < high)
-                count += np.int32(part[i] >= high)
-        above += int(count)
+        for i in range(size):
+            x = abs(part[i]) if magnitudes else part[i]
+            mask[i] = (x > low) & (x < high)
+            more += np.int32(x > high)
+            highs += np.int32(x == high)
+            lows += np.int32(x == low)
+        above += int(more)
+        at_high += int(highs)
+        at_low += int(lows)
         for word in range(STRETCH // 8):
             if words[word] != 0:
                 for i in range(8 * word, 8 * word + 8):
                     if mask[i] != 0:
                         out[found] = abs(part[i]) if magnitudes else part[i]
                         found += 1
-    return above, found
+    return found, above, at_high, at_low
 
 
 @compiled

@@ -91,15 +91,24 @@ def largest(x: torch.Tensor) -> torch.Tensor:
     return best
 
 
+def just_below(floors: Sequence[float]) -> list[float]:
+    """Return for each magnitude the next smaller one: what is above that is not below the magnitude."""
+    return [float(np.nextafter(np.float32(floor), np.float32(-1))) for floor in floors]
+
+
 def keep_top(x: torch.Tensor, floors: Sequence[float], *, strictly: bool = False) -> torch.Tensor:
     """Keep each task's entries of at least its magnitude floor (or above it), zero the rest."""
+    return keep_above(x, floors if strictly else just_below(floors))
+
+
+def keep_above(x: torch.Tensor, floors: Sequence[float]) -> torch.Tensor:
+    """Keep each task's entries of a magnitude above its floor, zero the rest."""
     result = torch.empty_like(x)
     for row, kept, floor in zip(x, result, floors, strict=True):
-        below = floor if strictly else float(np.nextafter(np.float32(floor), np.float32(-1)))
-        if below < 0:
+        if floor < 0:
             kept.copy_(row)
         else:
-            torch.hardshrink(row, below, out=kept)  # keeps what is strictly larger
+            torch.hardshrink(row, floor, out=kept)
     return result
 
 

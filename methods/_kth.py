@@ -1,8 +1,8 @@
 """The k-th largest entry of all weights of task vectors, exactly, from a few passes that keep next to nothing.
 
-A sample says between which bounds an entry must lie; one pass counts what is above them and collects what is between.
-For an entry that is not there a second pass looks at the bounds themselves, and where they were wrong, two passes count
-the bit patterns by their halves. Small models are looked at in one piece.
+A sample of all weights says between which bounds an entry must lie; one pass counts what is above them and at them, and
+collects what is between. Where the bounds were wrong, two passes count the bit patterns by their halves. Small models
+are looked at in one piece.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 Array: TypeAlias = "np.ndarray[Any, Any]"
 Form: TypeAlias = "np.ufunc"  # of rows of numbers: makes that of which the order is asked
 
-_TOGETHER = 1 << 22  # elements per task that are looked at together
-_SAMPLED = 1 << 21  # elements per task that a sample has at least: it decides how many have to be looked at
+_TOGETHER = 1 << 20  # elements per task that are looked at together
+_SAMPLED = 1 << 21  # elements per task that a sample has at most
+_STEP = 64  # a sample has no more than one element in so many
 _CHUNK = 1 << 17  # elements counted at once
 _PARTS = 8  # of the weights, whose bit patterns are counted by different threads
 
@@ -45,12 +46,13 @@ def largest(vectors: TaskVectors, ranks: Sequence[Sequence[int]], *, magnitudes:
     counts = vectors.gather(count)
     result = []
     for place, wanted in enumerate(ranks):
-        parts = [[unit[task][place] for unit in counts] for task in range(len(wanted))]
-        found = [_order.kth_between(part, rank, vectors.numel) for part, rank in zip(parts, wanted, strict=True)]
-        if _open(found):
-            found = _filled(found, _at_bounds(vectors, wanted, [pairs[place] for pairs in bounds], form))
-        if _open(found):
-            found = _filled(found, reach(vectors, [float(rank) for rank in wanted], None, form))
+        found = [
+            _order.kth_between([unit[task][place] for unit in counts], rank, vectors.numel, *bounds[task][place])
+            for task, rank in enumerate(wanted)
+        ]
+        if any(math.isnan(value) for value in found):
+            exact = reach(vectors, [float(rank) for rank in wanted], None, form)
+            found = [other if math.isnan(value) else value for value, other in zip(found, exact, strict=True)]
         result.append(found)
     return result
 
@@ -64,14 +66,6 @@ def reach(
     lower = _histogram(vectors, weigh, [bucket for bucket, _ in found], form)
     keys = [(bucket << 16) + _order.reach(row, rest)[0] for (bucket, rest), row in zip(found, lower, strict=True)]
     return [_order.entry_of(key) if target > 0 else math.inf for key, target in zip(keys, targets, strict=True)]
-
-
-def _open(found: Sequence[float]) -> bool:
-    return any(math.isnan(value) for value in found)
-
-
-def _filled(found: Sequence[float], others: Sequence[float]) -> list[float]:
-    return [other if math.isnan(value) else value for value, other in zip(found, others, strict=True)]
 
 
 def _together(vectors: TaskVectors, ranks: Sequence[Sequence[int]], form: Form) -> list[list[float]]:
@@ -90,17 +84,16 @@ def _together(vectors: TaskVectors, ranks: Sequence[Sequence[int]], form: Form) 
 
 def _bounds(vectors: TaskVectors, ranks: Sequence[Sequence[int]], form: Form) -> list[list[tuple[float, float]]]:
     """Return per task, for each of its ranks, bounds that hold that entry almost surely."""
-    some = vectors.only(list(vectors)[:: max(1, min(4, len(vectors) // 16))])
-    step = max(1, some.numel // _SAMPLED)
-    samples, starts = _room(some, [-(-math.prod(shape) // step) for shape in some.shapes.values()])
+    step = max(_STEP, vectors.numel // _SAMPLED)
+    counts = [_order.thinned_count(math.prod(shape), step) for shape in vectors.shapes.values()]
+    samples, starts = _room(vectors, counts)
 
-    def fill(name: str, x: torch.Tensor) -> None:
-        part = form(numbers(x)[:, ::step])
-        for sample, row in zip(samples, part, strict=True):
-            sample[starts[name] : starts[name] + len(row)] = row
+    def fill(name: str) -> None:
+        for sample, part in zip(samples, vectors.sample(name, step), strict=True):
+            form(part, out=sample[starts[name] : starts[name] + len(part)])
 
-    some.survey(fill)
-    some.spread(lambda sample: sample.sort(), samples)
+    vectors.spread(fill, vectors)
+    vectors.spread(lambda sample: sample.sort(), samples)
     pairs = enumerate(samples)
     return [[_order.bounds(sample, wanted[task], vectors.numel) for wanted in ranks] for task, sample in pairs]
 
@@ -113,22 +106,6 @@ def _room(vectors: TaskVectors, counts: Sequence[int]) -> tuple[list[Array], dic
     """
     starts = dict(zip(vectors, itertools.accumulate(counts, initial=0), strict=False))
     return [np.empty(sum(counts), dtype=np.float32) for _ in vectors.tasks], starts
-
-
-def _at_bounds(
-    vectors: TaskVectors, ranks: Sequence[int], bounds: Sequence[tuple[float, float]], form: Form
-) -> list[float]:
-    """Return each task's k-th largest entry if it is one of its two bounds, else NaN."""
-
-    def count(rows: Array) -> list[list[tuple[int, int]]]:
-        return [[_order.at(row, bound) for bound in pair] for row, pair in zip(map(form, rows), bounds, strict=True)]
-
-    counts = np.array(vectors.gather(count)).sum(0)  # [task, bound, (above, equal)]
-    found = [math.nan] * len(ranks)
-    for task, (rank, pair) in enumerate(zip(ranks, bounds, strict=True)):
-        for bound, (above, equal) in zip(pair, counts[task], strict=True):
-            found[task] = bound + 0.0 if 0 < rank - above <= equal else found[task]
-    return found
 
 
 def _histogram(

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from mergectl.methods import _kth
+from mergectl.methods import _kth, _order
 from mergectl.methods._stored import Stored
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
@@ -43,19 +43,20 @@ class TaskVectors(Mapping[str, "torch.Tensor"]):
         read: Callable[[str], torch.Tensor],
         *,
         lend: Callable[[str], Rows] | None = None,
+        sample: Callable[[str, int], Array] | None = None,
         wholes: Mapping[str, tuple[str, int]] | None = None,
         spread: Callable[..., Iterable[Any]] = map,
         finish: Callable[[str, Any], Any] | None = None,
     ) -> None:
         """Take the tasks in order, the shape of every weight, and a function that reads one weight.
 
-        From the lab: `lend`, which reads a weight's rows where they lie, unchecked; `wholes`, the weight and its number
-        of elements for each name that stands for a block; `spread`, a `map` that works in several threads; `finish`,
-        what becomes of a result at once, in the thread it was made in.
+        From the lab: `lend`, which reads a weight's rows where they lie, unchecked; `sample`, which reads one entry in
+        so many; `wholes`, the weight and its number of elements for each name that stands for a block; `spread`, a
+        `map` that works in several threads; `finish`, what becomes of a result at once, in the thread it was made in.
         """
         self.tasks = tuple(tasks)
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
-        self._read, self._lend = read, lend or read
+        self._read, self._lend, self._sample = read, lend or read, sample
         self._wholes, self._spread, self._finish = wholes or {}, spread, finish
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -90,13 +91,14 @@ class TaskVectors(Mapping[str, "torch.Tensor"]):
         shapes: Mapping[str, Sequence[int]],
         read: Callable[[str], torch.Tensor],
         lend: Callable[[str], Rows] | None = None,
+        sample: Callable[[str, int], Array] | None = None,
     ) -> TaskVectors:
         lab = {"wholes": self._wholes, "spread": self._spread, "finish": self._finish}
-        return TaskVectors(self.tasks, shapes, read, lend=lend, **lab)  # type: ignore[arg-type]
+        return TaskVectors(self.tasks, shapes, read, lend=lend, sample=sample, **lab)  # type: ignore[arg-type]
 
     def only(self, names: Iterable[str]) -> TaskVectors:
         """Return the same vectors restricted to some weights."""
-        return self._with({name: self.shapes[name] for name in names}, self._read, self._lend)
+        return self._with({name: self.shapes[name] for name in names}, self._read, self._lend, self._sample)
 
     def by_weight(self, together: int = 1) -> Iterator[TaskVectors]:
         """Go through the weights: each as vectors of its own, in its blocks; or as many as have so many elements."""
@@ -113,9 +115,22 @@ class TaskVectors(Mapping[str, "torch.Tensor"]):
         if names:
             yield self.only(names)
 
-    def map(self, change: Callable[[str, torch.Tensor], torch.Tensor]) -> TaskVectors:
-        """Return vectors changed weight by weight as they are read."""
-        return self._with(self.shapes, lambda name: change(name, self._read(name)))
+    def map(self, change: Callable[[str, torch.Tensor], torch.Tensor], *, by_entry: bool = False) -> TaskVectors:
+        """Return vectors changed weight by weight as they are read.
+
+        `by_entry`: what becomes of an entry depends on those of the same place alone, so some may be read without the
+        rest.
+        """
+
+        def some(name: str, step: int) -> Array:
+            return _kth.numbers(change(name, torch.from_numpy(self.sample(name, step))))
+
+        sample = some if by_entry else None
+        return self._with(self.shapes, lambda name: change(name, self._read(name)), sample=sample)
+
+    def sample(self, name: str, step: int) -> Array:
+        """Return one entry in `step` of a weight, as `_order.thinned` spreads them, in float32: [task, elements]."""
+        return _order.thinned(_kth.numbers(self[name]), step) if self._sample is None else self._sample(name, step)
 
     def reading(
         self,

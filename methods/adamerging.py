@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 
-from mergectl.methods import _adapting, _blend, _linears, ties
+from mergectl.methods import _adapting, _blend, _kernels, _linears, ties
 from mergectl.methods._contract import Between, Merged, OneOf, PerTask, Split
 from mergectl.methods._kernels import per_task
 
@@ -93,7 +93,8 @@ def agreeing(task_vectors: TaskVectors, density: float) -> TaskVectors:
     """Return task vectors trimmed over the whole model, of which only what has the elected sign is left."""
     how = ties.Trimming([density] * len(task_vectors.tasks), 0.0, by_tensor=False, round_up=False, compat=False,
                         exact=False)  # fmt: skip
-    trimmed = ties.top_entries(task_vectors, how)
+    left, floors = ties.top_entries(task_vectors, how)
+    trimmed = left.map(lambda name, x: _kernels.keep_above(x, floors))
     sign_of = ties.elected(trimmed, "mass", "majority", None)
     assert sign_of is not None  # there was an election
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-from mergectl.methods import _kernels
+from mergectl.methods import _elections
 from mergectl.methods._contract import Between, Merged
 
 if TYPE_CHECKING:
@@ -31,4 +31,5 @@ def merge(
     scale: Annotated[float, Between(-10.0, 10.0, search=(0.3, 2.5)), "scaling coefficient of the merged vector"] = 1.0,
 ) -> Merged:
     """Yield for each weight the mean of the entries that agree with the elected sign."""
-    return task_vectors.each(lambda name, x: scale * _kernels.agreeing_mean(x, _kernels.elect_by_mass(x)))
+    everybody = _elections.Voters([-1.0] * len(task_vectors.tasks))
+    return task_vectors.each(lambda name, x: _elections.agreed(x, everybody).mul_(scale))

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 import numpy as np
 import torch
 
-from mergectl.methods import _kernels, _more_kernels
+from mergectl.methods import _elections, _kernels, _more_kernels
 from mergectl.methods._contract import Between, Merged, MethodError, OneOf, PerTask, Weights
 
 if TYPE_CHECKING:
@@ -52,7 +52,10 @@ class Trimming:
     exact: bool
 
 
-def top_entries(part: TaskVectors, how: Trimming) -> TaskVectors:
+Trimmed: TypeAlias = "tuple[TaskVectors, list[float]]"  # and per task the magnitude up to which entries are dropped
+
+
+def top_entries(part: TaskVectors, how: Trimming) -> Trimmed:
     """Keep each task's largest entries, as counted by the two code bases the variants come from.
 
     With K the density and d the number of elements: the whole model keeps floor(dK) + 1 and all that equal the
@@ -66,35 +69,37 @@ def top_entries(part: TaskVectors, how: Trimming) -> TaskVectors:
     elif how.by_tensor or how.round_up:
         ranks = [d - _kernels.count_share(1 - share, d) + 1 if share > 0 else 0 for share in how.density]
     floors = part.kth_magnitude(ranks)
-    return part.map(lambda name, x: _kernels.keep_top(x, floors, strictly=how.by_tensor and not how.exact))
+    return part, floors if how.by_tensor and not how.exact else _kernels.just_below(floors)
 
 
-def outliers(part: TaskVectors, how: Trimming) -> TaskVectors:
+def outliers(part: TaskVectors, how: Trimming) -> Trimmed:
     """Keep each task's entries further than `threshold` standard deviations from its mean."""
     means, deviations = part.means_and_deviations()
     distances = [how.threshold * deviation for deviation in deviations]
-    return part.map(lambda name, x: _kernels.keep_outliers(x, means, distances))
+    return everything(part.map(lambda name, x: _kernels.keep_outliers(x, means, distances)), how)
 
 
-def energetic(part: TaskVectors, how: Trimming) -> TaskVectors:
+def energetic(part: TaskVectors, how: Trimming) -> Trimmed:
     """Keep each task's largest entries that together hold a share `threshold` of its squared norm."""
     if how.threshold > 1:
         raise MethodError(f"With trim=energy the threshold is a share of the energy, at most 1.0, got {how.threshold}.")
     floors = part.energy_magnitude([how.threshold] * len(part.tasks))
+    if not how.compat:
+        return part, _kernels.just_below(floors)
     last = max(part, default="")
 
     def keep(name: str, x: torch.Tensor) -> torch.Tensor:
         kept = _kernels.keep_top(x, floors)
-        if how.compat and name == last:  # an indexing slip of the original code always keeps the last coordinate
+        if name == last:  # an indexing slip of the original code always keeps the last coordinate
             kept.reshape(len(x), -1)[:, -1] = x.reshape(len(x), -1)[:, -1]
         return kept
 
-    return part.map(keep)
+    return everything(part.map(keep), how)
 
 
-def everything(part: TaskVectors, how: Trimming) -> TaskVectors:
+def everything(part: TaskVectors, how: Trimming) -> Trimmed:
     """Keep all entries."""
-    return part
+    return part, [-1.0] * len(part.tasks)
 
 
 Vote: TypeAlias = "Callable[[torch.Tensor], torch.Tensor]"
@@ -142,7 +147,13 @@ def merge(
     weights = None if weight == 1.0 else _kernels.per_task(weight, tasks)
 
     def agreed(part: TaskVectors) -> Merged:
-        trimmed = weighed(TRIM[trim](part, how), weights)
+        left, floors = TRIM[trim](part, how)
+        voters = _elections.Voters(floors, weights)
+        if elect == "mass" and signs is None and combine in ("disjoint_mean", "disjoint_sum"):
+            instead = when_drawn(zero_sign, left, lambda name, x: _elections.balance(x, voters))
+            take = functools.partial(_elections.agreed, instead=instead, mean=combine == "disjoint_mean")
+            return left.each(lambda name, x: take(x, voters).mul_(scale))
+        trimmed = left.map(lambda name, x: voters.of(x))
         sign_of = elected(trimmed, elect, zero_sign, signs)
         return trimmed.each(
             lambda name, x: scale * combined(x, combine, None if sign_of is None else sign_of(name, x), weights)
@@ -152,9 +163,11 @@ def merge(
         yield from agreed(part)
 
 
-def weighed(trimmed: TaskVectors, weights: list[float] | None) -> TaskVectors:
-    """Multiply each task vector by its weight."""
-    return trimmed if weights is None else trimmed.map(lambda name, x: x * _kernels.column(weights, x))
+def when_drawn(zero_sign: str, part: TaskVectors, balance: Callable[[str, torch.Tensor], int]) -> float:
+    """Return the sign of a drawn election; `balance` says how many more positive signs a weight has than negative."""
+    if zero_sign == "majority":
+        return float(np.sign(sum(part.survey(balance))))
+    return 1.0 if zero_sign == "plus" else 0.0
 
 
 def elected(
@@ -168,15 +181,8 @@ def elected(
     def raw(name: str, x: torch.Tensor) -> torch.Tensor:
         return vote(x) if vote is not None else given(signs or {}, name, x)
 
-    instead = 1.0 if zero_sign == "plus" else 0.0
-    if zero_sign == "majority":
-        instead = float(np.sign(sum(trimmed.survey(lambda name, x: _kernels.balance(raw(name, x))))))
-
-    def sign_of(name: str, x: torch.Tensor) -> torch.Tensor:
-        sign = raw(name, x)
-        return sign.add_(1 - sign.abs(), alpha=instead) if instead else sign
-
-    return sign_of
+    instead = when_drawn(zero_sign, trimmed, lambda name, x: _kernels.balance(raw(name, x)))
+    return lambda name, x: _elections.drawn(raw(name, x), instead)
 
 
 def given(signs: Weights, name: str, x: torch.Tensor) -> torch.Tensor:

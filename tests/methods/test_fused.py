@@ -12,7 +12,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mergectl.methods import _competition, _fused, _kernels, _more_kernels, _order, emr
+from mergectl.methods import _competition, _elections, _fused, _kernels, _more_kernels, _order, emr
 from mergectl.methods._task_vectors import TaskVectors
 
 # Longer than a stretch; few values, so that there are draws and zeros, or any.
@@ -60,6 +60,26 @@ def test_agreeing_entries_have_the_same_sum_and_mean(
     rows = torch.from_numpy(x)
     sign = _kernels.elect_by_mass(rows.flip(1))
     assert_same(lambda: (combine(rows, sign),))
+
+
+VOTERS = st.tuples(
+    st.lists(st.sampled_from([-1.0, 0.0, 0.25, 1.0, math.inf]), min_size=5, max_size=5),
+    st.none() | st.lists(st.sampled_from([1.0, 0.4, 2.5, -1.0]), min_size=5, max_size=5),
+)
+
+
+@settings(deadline=None, max_examples=40)
+@given(STACKS, VOTERS, st.sampled_from([-1.0, 0.0, 1.0]), st.booleans())
+@example(DRAWN, ([-1.0, -1.0], None), 1.0, True)
+def test_an_election_and_what_agrees_with_it_are_the_same_in_one_pass(
+    x: np.ndarray, given_voters: tuple[list[float], list[float] | None], instead: float, mean: bool
+) -> None:
+    floors, weights = given_voters
+    voters = _elections.Voters(floors[: len(x)], None if weights is None else weights[: len(x)])
+    rows = torch.from_numpy(x)
+    assert_same(lambda: (_elections.agreed(rows, voters, instead=instead, mean=mean),))
+    plain, fused = both(lambda: _elections.balance(rows, voters))
+    assert plain == fused
 
 
 @settings(deadline=None, max_examples=20)
@@ -137,4 +157,4 @@ def test_what_lies_between_two_bounds_is_the_same(x: np.ndarray, bounds: tuple[f
     for row in x:
         for magnitudes in (False, True):
             plain, fused = both(lambda: _order.between(row, *bounds, magnitudes))  # noqa: B023 - called at once
-            assert plain.above == fused.above and plain.inside.tolist() == fused.inside.tolist()  # type: ignore[attr-defined]
+            assert plain[1:] == fused[1:] and plain[0].tolist() == fused[0].tolist()  # type: ignore[index]

@@ -195,10 +195,21 @@ def test_the_mean_is_that_in_float64(x: torch.Tensor) -> None:
 
 
 def test_an_entry_above_the_bounds_is_not_taken_for_the_upper_one() -> None:
-    row = np.array([3.0, 2.0, 1.5, 1.0, 0.5], dtype=np.float32)
-    found = [_order.kth_between([_order.between(row, 1.0, 2.0, False)], rank, 5) for rank in (1, 2, 3, 4, 5)]
-    assert found[2] == 1.5 and all(math.isnan(value) for place, value in enumerate(found) if place != 2)
-    assert [_order.at(row, bound) for bound in (2.0, 1.0, 0.7)] == [(1, 1), (3, 1), (4, 0)]
+    row = np.array([3.0, 2.0, 1.5, 1.0, 1.0, 0.5], dtype=np.float32)
+    parts = [_order.between(row[:3], 1.0, 2.0, False), _order.between(row[3:], 1.0, 2.0, False)]
+    assert [part[1:] for part in parts] == [(1, 1, 0), (0, 0, 2)]
+    found = [_order.kth_between(parts, rank, 6, 1.0, 2.0) for rank in (1, 2, 3, 4, 5, 6)]
+    assert found[1:5] == [2.0, 1.5, 1.0, 1.0] and all(math.isnan(value) for value in (found[0], found[5]))
+
+
+@given(st.integers(0, 3000), st.integers(1, 50))
+def test_a_sample_is_spread_over_all_entries_and_has_its_share_of_them(size: int, step: int) -> None:
+    found = _order.thinned(np.arange(2 * size).reshape(2, size), step)
+    assert found.shape == (2, _order.thinned_count(size, step))
+    assert abs(found.shape[1] - size / step) <= 8
+    gaps = np.diff(found[1], prepend=size, append=2 * size - 1)
+    assert size == 0 or gaps.max() <= 16 * step
+    assert torch.equal(_order.thinned(torch.arange(size), step), torch.from_numpy(found[0]))
 
 
 @pytest.mark.parametrize("chance", [0.0, 0.4 / 65536, 0.3, 1 - 0.4 / 65536, 1.0])
