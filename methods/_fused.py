@@ -186,16 +186,18 @@ def between(row: Array, low: np.float32, high: np.float32, magnitudes: bool, out
     for start in range(0, row.shape[0], STRETCH):
         part = row[start : start + STRETCH]
         size, more, highs, lows = part.shape[0], np.int32(0), np.int32(0), np.int32(0)  # short: registers stay full
-        mask[size:] = 0
         for i in range(size):
             x = abs(part[i]) if magnitudes else part[i]
-            mask[i] = (x > low) & (x < high)
             more += np.int32(x > high)
             highs += np.int32(x == high)
             lows += np.int32(x == low)
         above += int(more)
         at_high += int(highs)
         at_low += int(lows)
+        mask[size:] = 0
+        for i in range(size):
+            x = abs(part[i]) if magnitudes else part[i]
+            mask[i] = (x > low) & (x < high)
         for word in range(STRETCH // 8):
             if words[word] != 0:
                 for i in range(8 * word, 8 * word + 8):

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 Array: TypeAlias = "np.ndarray[Any, Any]"
 Form: TypeAlias = "np.ufunc"  # of rows of numbers: makes that of which the order is asked
 
-_TOGETHER = 1 << 20  # elements per task that are looked at together
+_TOGETHER = 1 << 19  # elements per task that are looked at together
 _SAMPLED = 1 << 21  # elements per task that a sample has at most
-_STEP = 64  # a sample has no more than one element in so many
+_STEP = 32  # a sample has no more than one element in so many
 _CHUNK = 1 << 17  # elements counted at once
 _PARTS = 8  # of the weights, whose bit patterns are counted by different threads
 
