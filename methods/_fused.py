@@ -208,6 +208,24 @@ def between(row: Array, low: np.float32, high: np.float32, magnitudes: bool, out
 
 
 @compiled
+def keep_chosen(row: Array, bits: Array, whole: np.uint16, scale: np.float32, out: Array, edge: Array) -> int:
+    """Give entries whose random bits are at most `whole`, times a scale; say where and how often they are just that."""
+    found = 0
+    for start in range(0, row.shape[0], STRETCH):
+        part, drawn, kept = row[start : start + STRETCH], bits[start : start + STRETCH], out[start : start + STRETCH]
+        equal = np.int32(0)
+        for i in range(kept.shape[0]):
+            kept[i] = part[i] * scale if drawn[i] <= whole else np.float32(0)
+            equal += np.int32(drawn[i] == whole)
+        if equal > 0:
+            for i in range(kept.shape[0]):
+                if drawn[i] == whole:
+                    edge[found] = start + i
+                    found += 1
+    return found
+
+
+@compiled
 def exponents(rows: Array, lows: Array, highs: Array, ranked: bool, inter: Array, intra: Array) -> None:
     """Give each entry times the sum over rows, and n (u^2 - 1), u the magnitude from 0 at a low to 1 at a high bound.
 

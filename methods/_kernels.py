@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
 from mergectl.methods import _fused
 from mergectl.methods._stored import Stored
+
+Array: TypeAlias = "np.ndarray[Any, Any]"
 
 # A share such as 1 - 0.8 lies a few units of 2**-53 below the number that was meant, and so may its product with a
 # count: 7600 * (1 - 0.8) is 1519.9999999999998. That much is forgiven before rounding down.
@@ -181,14 +184,31 @@ def chosen(generator: torch.Generator, chance: float | torch.Tensor, shape: Sequ
     Sixteen random bits decide all but one draw in 65536, which looks at 53 more. NumPy's SFC64 gives them, seeded by
     the generator: it is several times faster than torch's own, and its stream will not change with a version.
     """
-    count, stream = math.prod(shape), np.random.SFC64(generator.initial_seed())
-    bits = stream.random_raw(-(-count // 4)).astype("<u8", copy=False).view("<u2")[:count]
+    bits, stream = _bits(generator, math.prod(shape))
     exact = np.asarray(chance, dtype=np.float64).reshape(-1) * 65536
     whole = np.minimum(np.floor(exact), 65535).astype(np.uint16)
     edge = np.flatnonzero(bits == whole)
     picked = np.less(bits, whole)
     picked[edge] = np.random.Generator(stream).random(len(edge)) < np.broadcast_to(exact - whole, bits.shape)[edge]
     return torch.from_numpy(picked.astype(np.float32)).reshape(tuple(shape))
+
+
+def keep_chosen(generator: torch.Generator, chance: float, row: torch.Tensor, scale: float, out: torch.Tensor) -> None:
+    """Put a row's entries that `chosen` would choose, times a scale, into other memory, and zeros elsewhere."""
+    if not (_fused.fits(row) and _fused.fits(out)):
+        torch.mul(row, chosen(generator, chance, row.shape).to(row.device), out=out).mul_(scale)
+        return
+    bits, stream = _bits(generator, row.numel())
+    whole, entries, kept = min(math.floor(chance * 65536), 65535), row.reshape(-1).numpy(), out.view(-1).numpy()
+    room = np.empty(len(entries), np.int64)
+    edge = room[: _fused.keep_chosen(entries, bits, np.uint16(whole), np.float32(scale), kept, room)]
+    kept[edge] *= np.random.Generator(stream).random(len(edge)) < chance * 65536 - whole
+
+
+def _bits(generator: torch.Generator, count: int) -> tuple[Array, np.random.BitGenerator]:
+    """Return sixteen random bits for each of so many draws, and the stream that gives more."""
+    stream = np.random.SFC64(generator.initial_seed())
+    return stream.random_raw(-(-count // 4)).astype("<u8", copy=False).view("<u2")[:count], stream
 
 
 def agreeing_sum(x: torch.Tensor, sign: torch.Tensor | None) -> torch.Tensor:

@@ -39,9 +39,14 @@ def largest(vectors: TaskVectors, ranks: Sequence[Sequence[int]], *, magnitudes:
         return _together(vectors, ranks, form)
     bounds = _bounds(vectors, ranks, form)
 
+    def look(row: Array, rank: int, low: float, high: float) -> _order.Between:
+        return _order.highest(row, magnitudes) if rank == 1 else _order.between(row, low, high, magnitudes)
+
     def count(rows: Array) -> list[list[_order.Between]]:
-        pairs = zip(rows, bounds, strict=True)
-        return [[_order.between(row, low, high, magnitudes) for low, high in wanted] for row, wanted in pairs]
+        tasks = zip(rows, bounds, zip(*ranks, strict=True), strict=True)
+        return [
+            [look(row, rank, *pair) for rank, pair in zip(wanted, pairs, strict=True)] for row, pairs, wanted in tasks
+        ]
 
     counts = vectors.gather(count)
     result = []

@@ -41,7 +41,10 @@ def _special(rank: int, count: int) -> float | None:
 
 
 def bounds(sample: Array, rank: int, count: int) -> tuple[float, float]:
-    """Return bounds that hold the k-th largest of `count` entries almost surely: twelve deviations of a sorted sample."""
+    """Return bounds that hold the k-th largest of `count` entries almost surely, from a sorted sample.
+
+    They lie twelve deviations apart from what the sample says: its runs of neighbours say less than single entries.
+    """
     share = min(max(rank / count, 0.0), 1.0)
     margin = 12 * math.sqrt(len(sample) * share * (1 - share)) + 8
     place = len(sample) * (1 - share)
@@ -64,6 +67,12 @@ def between(row: Array, low: float, high: float, magnitudes: bool) -> Between:
     formed = np.abs(row) if magnitudes else row
     counts = [int(np.count_nonzero(part)) for part in (formed > high, formed == high, formed == low)]
     return Between(formed[(formed > low) & (formed < high)], *counts)
+
+
+def highest(row: Array, magnitudes: bool) -> Between:
+    """Collect the largest entry, or magnitude, alone."""
+    ends = [] if len(row) == 0 else [max(row.max(), -row.min()) if magnitudes else row.max()]
+    return Between(np.array(ends, np.float32), 0, 0, 0)
 
 
 def kth_between(parts: Sequence[Between], rank: int, count: int, low: float, high: float) -> float:

@@ -36,12 +36,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-Keep: TypeAlias = "Callable[[str, str, torch.Tensor], torch.Tensor]"  # of a task's weight: 1 where kept
+# Puts the entries of a task's weight that are kept, times a scale, into other memory, and zeros elsewhere.
+Keep: TypeAlias = "Callable[[str, str, torch.Tensor, float, torch.Tensor], Any]"
 
 
 def randomly(task_vectors: TaskVectors, drops: Mapping[str, float], rng: Rng) -> Keep:
     """Keep each entry with probability 1 - drop."""
-    return lambda task, name, row: _kernels.chosen(rng(task, name), 1 - drops[task], row.shape).to(row.device)
+    return lambda task, name, row, scale, out: _kernels.keep_chosen(rng(task, name), 1 - drops[task], row, scale, out)
 
 
 def by_magnitude(task_vectors: TaskVectors, drops: Mapping[str, float], rng: Rng) -> Keep:
@@ -52,7 +53,11 @@ def by_magnitude(task_vectors: TaskVectors, drops: Mapping[str, float], rng: Rng
         found = part.kth_magnitude([part.numel - count + 1 for count in smallest])
         for task, count, floor in zip(part.tasks, smallest, found, strict=True):
             floors.update({(task, name): floor if count else -1.0 for name in part})
-    return lambda task, name, row: torch.gt(row.abs(), floors[task, name], out=torch.empty_like(row))
+
+    def keep(task: str, name: str, row: torch.Tensor, scale: float, out: torch.Tensor) -> None:
+        out.copy_(_kernels.keep_above(row[None], [floors[task, name]])[0]).mul_(scale)
+
+    return keep
 
 
 STRATEGIES: dict[str, Callable[[TaskVectors, Mapping[str, float], Rng], Keep]]
@@ -74,22 +79,23 @@ def refine(
     """Return task vectors with entries dropped; given masks are used instead of drawing any."""
     drops = dict(zip(task_vectors.tasks, _kernels.per_task(drop, len(task_vectors.tasks)), strict=True))
     keep = STRATEGIES[strategy](task_vectors, drops, rng) if masks is None else functools.partial(given, masks)
-    scales = [1 / (1 - share) if rescale else 1.0 for share in drops.values()]
+    by_mass = rescale and rescale_to == "l1"
+    scales = [1 / (1 - share) if rescale and not by_mass else 1.0 for share in drops.values()]
 
     def drop_entries(name: str, x: torch.Tensor) -> torch.Tensor:
         rest = torch.empty_like(x)
-        for task, row, kept in zip(task_vectors.tasks, x, rest, strict=True):
-            torch.mul(row, keep(task, name, row), out=kept)
+        for task, row, scale, kept in zip(task_vectors.tasks, x, scales, rest, strict=True):
+            keep(task, name, row, scale, kept)
         return rest
 
     rest = task_vectors.map(drop_entries)
-    if rescale and rescale_to == "l1":
-        return _more_kernels.to_mass(rest, task_vectors)
-    return rest.map(lambda name, x: x.mul_(_kernels.column(scales, x)))
+    return _more_kernels.to_mass(rest, task_vectors) if by_mass else rest
 
 
-def given(masks: Mapping[str, Weights], task: str, name: str, row: torch.Tensor) -> torch.Tensor:
-    """Return the given mask of one task's weight."""
+def given(
+    masks: Mapping[str, Weights], task: str, name: str, row: torch.Tensor, scale: float, out: torch.Tensor
+) -> None:
+    """Keep what the given mask of one task's weight keeps."""
     try:
         mask = torch.as_tensor(masks[task][name])
     except KeyError:
@@ -98,4 +104,4 @@ def given(masks: Mapping[str, Weights], task: str, name: str, row: torch.Tensor)
         raise MethodError(
             f"The mask of task '{task}' for '{name}' has shape {list(mask.shape)}, the weight {list(row.shape)}."
         )
-    return (mask.to(row.device) != 0).to(row.dtype)
+    torch.mul(row, (mask.to(row.device) != 0).to(row.dtype), out=out).mul_(scale)

@@ -82,6 +82,20 @@ def test_an_election_and_what_agrees_with_it_are_the_same_in_one_pass(
     assert plain == fused
 
 
+@pytest.mark.parametrize("chance", [0.0, 1e-9, 0.1, 0.5, 1 - 1e-9, 1.0])
+def test_what_a_draw_keeps_is_the_same(chance: float) -> None:
+    row = torch.randn(200_000, generator=torch.Generator().manual_seed(0))
+
+    def kept() -> tuple[torch.Tensor, ...]:
+        out = torch.empty_like(row)
+        _kernels.keep_chosen(torch.Generator().manual_seed(5), chance, row, 2.5, out)
+        return (out,)
+
+    assert_same(kept)
+    taken = _kernels.chosen(torch.Generator().manual_seed(5), chance, row.shape)
+    assert torch.equal(kept()[0], row * taken * 2.5)
+
+
 @settings(deadline=None, max_examples=20)
 @given(STACKS, st.lists(st.sampled_from([1.0, 0.4, 2.5, -1.0]), min_size=5, max_size=5))
 def test_weighted_entries_that_agree_have_the_same_mean(x: np.ndarray, weights: list[float]) -> None:
