@@ -92,6 +92,11 @@ class AdapterCheckpoint(Checkpoint):
                 f"{self.ref}: the parts for '{module}' ({told}) do not fit its base's weight of shape {list(weight)}."
             )
 
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold the adapter's weights and its base's."""
+        return [self._adapter.path, *self.base.files]
+
     @cached_property
     def _names(self) -> dict[str, str | None]:
         """Every weight's name -> the base's name, or None for what the adapter itself holds."""

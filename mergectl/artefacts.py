@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import json
 import os
 import re
@@ -21,18 +22,22 @@ TOKENIZER = (
     "vocab.json", "merges.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model",
 )  # fmt: skip
 CARRIED = ("preprocessor_config.json", "processor_config.json", "generation_config.json", "chat_template.jinja")
-MODEL = ("config.json", "adapter_config.json")  # a folder that holds one of them may be replaced
+MODEL = ("config.json", "adapter_config.json")  # a folder that holds one of them and weights may be replaced
+WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth)$")
+THERE = "{out} exists already. Choose another -o, or replace it with --force."
 SAVING = 0.2  # seconds between two times that the disk is told to take what is there
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def check_free(out: Path, force: bool) -> None:
     """Refuse an output folder that exists, unless it may be replaced, and a parent that cannot be written."""
+    if out.is_symlink():
+        raise UserError(f"{out} is a link, which a folder does not replace. Name the folder itself, or another -o.")
     if out.exists() and not force:
-        raise UserError(f"{out} exists already. Choose another -o, or replace it with --force.")
+        raise UserError(THERE.format(out=out))
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file, not a folder. Choose another -o.")
-    if out.exists() and any(out.iterdir()) and not any((out / name).exists() for name in MODEL):
+    if out.exists() and any(out.iterdir()) and not _is_model(out):
         raise UserError(f"{out} is not a model folder, so --force will not replace it.")
     parent = next(p for p in [out.absolute().parent, *out.absolute().parents] if p.exists())
     if not parent.is_dir():
@@ -41,27 +46,43 @@ def check_free(out: Path, force: bool) -> None:
         raise UserError(f"{parent} cannot be written. Choose another -o.")
 
 
+def _is_model(folder: Path) -> bool:
+    """Whether a folder holds a model or its record; many a project keeps a `config.json`, too."""
+    names = {path.name for path in folder.iterdir()}
+    return not names.isdisjoint(MODEL) and ("mergectl.json" in names or any(WEIGHTS.search(name) for name in names))
+
+
 @contextlib.contextmanager
 def new_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
     """Yield a temporary sibling of `out`; when the block ends well it becomes `out`, else it is removed."""
     check_free(out, force)
     out.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(out)
+    check_free(out, force)  # a folder caught in mid-replacement may be back
     work = out.parent / f".{out.name}.tmp-{os.getpid()}"
     work.mkdir()
     try:
         yield work
         sync_all(work)
-        _swap(work, out)
-    except OSError as error:
-        if error.errno in FULL:
+        _swap(work, out, force)
+    except Exception as error:
+        if _is_full(error):
             raise WorkError(f"The disk that holds {out.absolute().parent} is full. Nothing was written.") from error
         raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _swap(work: Path, out: Path) -> None:
+def _is_full(error: Exception) -> bool:
+    """Whether the disk had no room; the safetensors library says so in its text alone."""
+    if isinstance(error, OSError):
+        return error.errno in FULL
+    return type(error).__name__ == "SafetensorError" and any(f"(os error {code})" in str(error) for code in FULL)
+
+
+def _swap(work: Path, out: Path, force: bool) -> None:
+    if out.exists() and not force:  # another command was faster
+        raise UserError(THERE.format(out=out))
     old = out.parent / f".{out.name}.old-{os.getpid()}"
     if out.exists():
         out.rename(old)
@@ -77,7 +98,7 @@ def _swap(work: Path, out: Path) -> None:
 
 def _remove_stale(out: Path) -> None:
     """Remove what a killed process left beside `out`; put back a folder caught in mid-replacement."""
-    for path in out.parent.glob(f".{out.name}.*-*"):
+    for path in out.parent.glob(f".{glob.escape(out.name)}.*-*"):
         match = re.fullmatch(rf"\.{re.escape(out.name)}\.(tmp|old)-(\d+)", path.name)
         if match and not _alive(int(match[2])):
             if match[1] == "old" and not out.exists():
@@ -87,6 +108,9 @@ def _remove_stale(out: Path) -> None:
 
 
 def _alive(pid: int) -> bool:
+    """Whether another process has this number; what bears our own was left by a process of another container."""
+    if pid == os.getpid():
+        return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -153,7 +177,9 @@ def add_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _json(content: Mapping[str, Any]) -> str:
-    return json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n"
+    """JSON as people read it; what is no whole letter, as in the name of a file that is not UTF-8, as a number."""
+    text = json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n"
+    return re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", text)
 
 
 def carry_files(target: Path, *donors: Path) -> None:

@@ -31,7 +31,7 @@ def write_records(
         **facts,
     }
     artefacts.add_json(folder / "mergectl.json", record)
-    (folder / "README.md").write_text(card(recipe, family), encoding="utf-8")
+    (folder / "README.md").write_text(card(recipe, family), encoding="utf-8", errors="backslashreplace")
 
 
 def _task_record(family: Family, task: str) -> dict[str, Any]:

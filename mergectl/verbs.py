@@ -92,11 +92,15 @@ def record_calibration(run: Run, supplies: Mapping[str, Any]) -> None:
 
 
 def spare_inputs(family: Family, out: Path) -> None:
-    """Refuse to put a merge in the place of one of the models it is made from, whatever `--force` says."""
-    models = (family.base, *family.experts.values())
+    """Refuse to put a merge in the place of what it is made from, whatever `--force` says."""
+    models, place = (family.base, *family.experts.values()), out.resolve()
     for part in [part for model in models for part in parts_of(model)]:
-        if part.folder.resolve() == out.resolve():
+        if part.folder.resolve() == place:
             raise UserError(f"{out} is one of the models to merge; the result would replace it. Choose another -o.")
+        lost = (path for path in (part.folder, *part.files) if path.resolve().is_relative_to(place))
+        if (path := next(lost, None)) is not None:
+            raise UserError(f"{path}, of a model to merge, lies in {out}, which the result would replace. "
+                            "Choose another -o.")  # fmt: skip
 
 
 def merge_config(job: MergeJob, family: Family, recipe: Any) -> dict[str, Any]:

@@ -53,6 +53,11 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
             raise UserError(f"{self.ref}: {next(iter(self._files)).name} holds no weights.")
         return found
 
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold its weights."""
+        return list(self._files)
+
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._file_of[name].read(name)
 

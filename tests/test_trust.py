@@ -416,6 +416,72 @@ def test_a_folder_caught_between_two_renames_is_put_back(population: Path, tmp_p
     assert beside(tmp_path / "m") == ["m"] and load_file(tmp_path / "m/model.safetensors")
 
 
+def test_what_a_process_of_the_same_number_left_is_removed(population: Path, tmp_path: Path) -> None:
+    work = tmp_path / f".m[1].tmp-{os.getpid()}"  # every run of a container may have the same number
+    work.mkdir()
+    (work / "half").touch()
+    merged(population, tmp_path / "m[1]")
+    assert beside(tmp_path / "m[1]") == ["m[1]"]
+
+
+def test_leftovers_of_a_name_with_brackets_are_removed(population: Path, tmp_path: Path) -> None:
+    (tmp_path / ".m[1].tmp-999999999").mkdir()
+    merged(population, tmp_path / "m[1]")
+    assert beside(tmp_path / "m[1]") == ["m[1]"]
+
+
+def test_a_result_that_appeared_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="exists already"), artefacts.new_folder(tmp_path / "m") as folder:
+        (folder / "slow").touch()
+        with artefacts.new_folder(tmp_path / "m2") as other:
+            (other / "quick").touch()
+        (tmp_path / "m2").rename(tmp_path / "m")
+    assert beside(tmp_path / "m") == ["m"] and (tmp_path / "m/quick").exists()
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["link", "dangling"])
+def test_a_link_is_no_output_folder(cli: Cli, capsys: Capture, population: Path, tmp_path: Path, there: bool) -> None:
+    (tmp_path / "link").symlink_to(population / "digit" if there else tmp_path / "nowhere")
+    words = ["merge", "average", "--experts", population / "parity", population / "loop", "-o", "link", "--force"]
+    assert cli(*words) == 2
+    assert "link is a link, which a folder does not replace." in capsys.readouterr().err
+    assert (tmp_path / "link").is_symlink() and not list(tmp_path.glob(".link*"))
+
+
+def test_force_spares_a_project_that_has_a_config(cli: Cli, capsys: Capture, population: Path) -> None:
+    Path("project/src").mkdir(parents=True)
+    Path("project/config.json").write_text("{}")
+    words = ["merge", "average", "--experts", population / "parity", population / "loop", "-o", "project", "--force"]
+    assert cli(*words) == 2
+    assert "is not a model folder" in capsys.readouterr().err and Path("project/src").exists()
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_force_spares_models_inside_the_folder(
+    cli: Cli, capsys: Capture, population: Path, tmp_path: Path, linked: bool
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(population / "parity", run)
+    expert = shutil.copytree(population / "loop", tmp_path / "loop" if linked else run / "checkpoint-5")
+    if linked:
+        (expert / "model.safetensors").rename(run / "other.safetensors")
+        (expert / "model.safetensors").symlink_to(run / "other.safetensors")
+    words = ["--base", population / "base", "--experts", population / "parity", expert, "-o", run, "--force"]
+    assert cli("merge", "average", *words) == 2
+    assert f"of a model to merge, lies in {run}, which the result would replace." in capsys.readouterr().err
+    assert load_file(expert / "model.safetensors")
+
+
+def test_a_disk_that_is_full_for_the_heads_is_said_as_well(population: Path, tmp_path: Path) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(WorkError, match="is full. Nothing was written."):
+        patch.setattr("safetensors.torch.save_file", full)
+        merged(population, tmp_path / "m")
+    assert beside(tmp_path / "m") == []
+
+
 def test_what_another_living_process_writes_is_left_alone(population: Path, tmp_path: Path) -> None:
     other = tmp_path / f".m.tmp-{os.getppid()}"
     other.mkdir()
