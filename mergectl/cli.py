@@ -164,6 +164,8 @@ def _program() -> Any:
 def main(args: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code: 0 done, 1 failed, 2 bad input, 130 interrupted."""
     words = list(sys.argv[1:] if args is None else args)
+    with contextlib.suppress(AttributeError):  # file names that are not UTF-8 can be printed as well
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         with _plugins_of(words), warnings.catch_warnings():
             _our_warnings_only("--debug" in words)
@@ -228,6 +230,8 @@ def entry() -> None:
     ending = _Ending()
     atexit.register(ending)  # the first to be registered is the last to be called
     ending.code = main()
+    for late in (signal.SIGINT, signal.SIGTERM):  # all is done and said
+        signal.signal(late, signal.SIG_IGN)
     sys.exit(ending.code)
 
 

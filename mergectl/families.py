@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,14 +22,24 @@ from mergectl.stacking import CutTokens, Stacked
 
 __all__ = ["Family", "Population", "headed_prefix", "line_up", "named", "open_family", "short_names"]
 
+LONGEST = 200  # bytes of a name: file systems take 255, and names are added to
+
 
 def short_names(ids: Sequence[str], complain: Callable[[str], Exception] = UserError) -> list[str]:
     """Task ids to the short names that folders use: `glue/rte` -> `rte`; refuse two of one name."""
     shorts = [task.rsplit("/", 1)[-1] for task in ids]
+    for task, short in zip(ids, shorts, strict=True):
+        if short in ("", ".", "..") or not _is_name(short):
+            raise complain(f"An expert cannot be called {task!a}: a folder gets its name. Name it: --experts NAME=...")
     for short, count in Counter(shorts).items():
         if count > 1:
             raise complain(f"Two experts are called '{short}'. Name them: --experts first={short} second=...")
     return shorts
+
+
+def _is_name(short: str) -> bool:
+    """Whether folder names can hold a name; bytes that are not UTF-8 stand for themselves."""
+    return os.fsencode(short).decode(errors="replace").isprintable() and len(os.fsencode(short)) <= LONGEST
 
 
 @dataclass(frozen=True)
@@ -57,7 +68,7 @@ def named(items: Sequence[str] | Mapping[str, str]) -> tuple[tuple[str | None, s
 
 def _split(item: str) -> tuple[str | None, str]:
     task, equals, ref = item.partition("=")
-    if not equals or Path(item).is_dir():
+    if not equals or os.path.isdir(item):  # which says no to what cannot be a path
         return None, item
     return task, ref
 

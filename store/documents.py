@@ -123,7 +123,11 @@ def rows_of(document: Document) -> dict[str, list[Row]]:
         found[table] = _rows(table, document.get(table) or (), document["run_id"])
     environment: Mapping[str, Any] = document.get("environment") or {}
     found["environment"] = [
-        (document["run_id"], name, value if value is None or isinstance(value, str) else json.dumps(value))
+        (
+            document["run_id"],
+            plain(name),
+            plain(value) if value is None or isinstance(value, str) else json.dumps(value),
+        )
         for name, value in environment.items()
     ]
     return found
@@ -146,7 +150,12 @@ def _converter(column: str) -> Callable[[Any], Any]:
         return lambda value: whole(column, value)
     if column in _NUMBERS:
         return lambda value: number if math.isfinite(number := float(value)) else None
-    return datetime.datetime.fromisoformat if column in _TIMES else str
+    return datetime.datetime.fromisoformat if column in _TIMES else _text
+
+
+def _text(value: Any) -> str:
+    """A text as a database takes it: file names that are not UTF-8 have halves of letters."""
+    return str(plain(str(value)))
 
 
 _CONVERTERS = {table: [(column, _converter(column)) for column in columns[1:]] for table, columns in COLUMNS.items()}

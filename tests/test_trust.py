@@ -431,11 +431,12 @@ def test_leftovers_of_a_name_with_brackets_are_removed(population: Path, tmp_pat
 
 
 def test_a_result_that_appeared_meanwhile_is_not_replaced(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="exists already"), artefacts.new_folder(tmp_path / "m") as folder:
-        (folder / "slow").touch()
-        with artefacts.new_folder(tmp_path / "m2") as other:
-            (other / "quick").touch()
-        (tmp_path / "m2").rename(tmp_path / "m")
+    slow = artefacts.new_folder(tmp_path / "m")
+    slow.__enter__()
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m/quick").touch()
+    with pytest.raises(UserError, match="exists already"):
+        slow.__exit__(None, None, None)
     assert beside(tmp_path / "m") == ["m"] and (tmp_path / "m/quick").exists()
 
 
@@ -472,12 +473,14 @@ def test_force_spares_models_inside_the_folder(
     assert load_file(expert / "model.safetensors")
 
 
-def test_a_disk_that_is_full_for_the_heads_is_said_as_well(population: Path, tmp_path: Path) -> None:
+def test_a_disk_that_is_full_for_the_heads_is_said_as_well(
+    population: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(WorkError, match="is full. Nothing was written."):
-        patch.setattr("safetensors.torch.save_file", full)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(WorkError, match=r"is full\. Nothing was written\."):
         merged(population, tmp_path / "m")
     assert beside(tmp_path / "m") == []
 
@@ -494,3 +497,22 @@ def test_a_stranger_with_a_similar_name_is_left_alone(population: Path, tmp_path
         (tmp_path / name).mkdir()
     merged(population, tmp_path / "m")
     assert len(beside(tmp_path / "m")) == 4
+
+
+# Names
+
+
+@pytest.mark.parametrize("name", [".", "..", "x/..", "x/", "a\nb", "\x1b[2J", "n" * 300])
+def test_a_name_that_no_folder_can_have_is_refused(cli: Cli, capsys: Capture, population: Path, name: str) -> None:
+    experts = [f"{name}={population / 'parity'}", population / "loop"]
+    assert cli("merge", "average", "--base", population / "base", "--experts", *experts, "-o", "m") == 2
+    assert "An expert cannot be called" in capsys.readouterr().err and not Path("m").exists()
+
+
+def test_names_of_files_that_are_not_utf8_are_merged_and_reported(cli: Cli, capsys: Capture, population: Path) -> None:
+    odd, out = os.fsdecode(b"parit\xe9"), os.fsdecode(b"m\xff")
+    shutil.copytree(population / "parity", odd)
+    assert cli("merge", "average", "--experts", f"one={odd}", population / "loop", "-o", out) == 0
+    assert cli("merge", "--again", out) == 0
+    assert cli("report", "--sql", "select name from runs") == 0
+    assert "Error" not in capsys.readouterr().err

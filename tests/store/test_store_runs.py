@@ -33,6 +33,14 @@ def test_a_run_has_a_row_before_its_end(store: Store) -> None:
     assert status_of(store, run.id) == [("started", None)]
 
 
+def test_half_a_letter_does_not_keep_runs_from_the_database(store: Store) -> None:
+    half = "m\udcff"
+    with store.start("merge", config={"a": half}, command=[half], name=half, environment={half: half}) as run:
+        run.input("expert", half, task=half)
+        run.artifact("model", half)
+    assert status_of(store, run.id) == [("finished", None)]
+
+
 def test_a_finished_run_keeps_all_it_was_told(store: Store) -> None:
     with store.start("eval", config={"b": 1, "a": [0.5, None]}, seed=7, command=["mergectl", "eval"], name="first",
                      study="s", trial=3, environment={"torch": "2.13"},
