@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from mergectl import settings
+from mergectl import plugins, settings
 from mergectl.errors import UserError, did_you_mean
 from mergectl.methods._contract import SUPPLIES, Rng
 
@@ -94,6 +94,27 @@ def check_experts(info: settings.MethodInfo, count: int) -> None:
     if count < least or (most is not None and count > most):
         limit = f"exactly {least}" if least == most else f"at least {least}" if count < least else f"at most {most}"
         raise UserError(f"Method '{info.name}' takes {limit} expert{'' if limit.endswith(' 1') else 's'}, got {count}.")
+
+
+def check_beforehand(recipe: Recipe, names: Sequence[str | None]) -> None:
+    """Refuse what the recipe and the experts' names, None where not given, tell before a model is opened."""
+    info = settings.describe(recipe.method)
+    check_experts(info, len(names))
+    shorts = [name.rsplit("/", 1)[-1] for name in names if name]
+    known = shorts if len(set(shorts)) == len(names) else None
+    for name, given in [*recipe.refine, (recipe.method, recipe.settings)]:
+        if known is not None:
+            settings.check(name, given, known)
+        for key, value in given.items():
+            counted = isinstance(value, Sequence) and settings.settings_of(name)[key].per_task
+            if counted and not isinstance(value, str) and len(value) != len(names):
+                raise UserError(f"{key} has {len(value)} values for {len(names)} tasks.")
+    values = settings.check(recipe.method, recipe.settings, known)
+    weight = values.get(getattr(plugins.load("methods", info.method), "SHARES", ""))
+    for part in weight.values() if isinstance(weight, Mapping) and known is not None else [weight]:
+        each = part if isinstance(part, Sequence) else (part,) * len(names)
+        if all(isinstance(x, float | int) for x in each) and values.get("normalize", True) and abs(sum(each)) < 1e-8:
+            raise UserError("The weights of the experts add up to zero. Change them, or set normalize to false.")
 
 
 def check_supplies(info: settings.MethodInfo, wanted: Mapping[str, bool], given: Mapping[str, Any]) -> None:

@@ -36,7 +36,10 @@ def merge_models(lab: Lab, job: MergeJob, out: Path, *, force: bool = False, reu
     """Merge experts into the folder `out`; with `reuse`, not again if a finished run did exactly this."""
     from mergectl import artefacts
     from mergectl.merge import merge
+    from mergectl.plan import check_beforehand
 
+    check_beforehand(job.recipe, [task for task, _ in job.experts])
+    artefacts.check_free(out, force or reuse)
     family = open_family(job.base, job.experts, lab.find_run)
     recipe, given = checked(job.recipe, list(family.experts)), dict(job.recipe.settings)
     job = replace(job, recipe=recipe, options=settled_options(recipe, family, job.options))

@@ -9,7 +9,8 @@ Supplies are listed in `SUPPLIES`. A supply with a default of None is optional.
 
 Facts at the top of a file: TITLE (as in the paper), PAPER, NEUTRAL (settings under which copies of one model merge to
 that model, or None with the reason beside it), and where they hold LINEAR (settings in which the merged task vector is
-linear), EXPERTS (least and most experts, None for no limit), EXTRA_BITS (bits kept per task and weight), PRESETS
+linear), EXPERTS (least and most experts, None for no limit), SHARES (the setting whose values per task are divided by
+their sum, which must not be zero; not under normalize=false), EXTRA_BITS (bits kept per task and weight), PRESETS
 ({name: settings}; a refinement's preset also names its "method"), BLOCKS (True: a method that works element by element,
 or takes all it needs of a weight from figures that stream, may be handed long weights in blocks; "rows": in blocks of
 whole rows; {setting: allowed values, or {value: "elements" or "rows"}}: under these settings).

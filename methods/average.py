@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from mergectl.methods._task_vectors import Rows, TaskVectors
 
+SHARES = "weight"  # divided by their sum
 BLOCKS = True  # element by element: the lab may hand over weights in blocks
 TITLE = "Weight averaging (model soups)"
 PAPER = "arXiv:2203.05482"

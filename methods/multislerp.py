@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 TITLE = "Multi-SLERP"
 PAPER = "goddard.blog/posts/multislerp-wow-what-a-cool-idea"
 NEUTRAL: dict[str, bool] = {"normalize": True}
+SHARES = "weight"  # divided by their sum
 BLOCKS = True  # a block at a time is enough: the lab may hand over weights in blocks
 
 

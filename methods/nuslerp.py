@@ -29,6 +29,7 @@ TITLE = "NuSLERP"
 PAPER = "github.com/arcee-ai/mergekit"
 NEUTRAL: dict[str, float] = {}
 EXPERTS = (2, 2)
+SHARES = "weight"  # divided by their sum
 BLOCKS = {"along": {"tensor": "elements", "last": "rows"}}  # a block of elements, or of rows, is enough
 
 

@@ -356,3 +356,39 @@ def test_a_users_method_that_crashes_is_named_by_file_and_line(cli: Cli, capsys:
     words = ["--base", population / "base", "--experts", population / "parity", "-o", "out"]
     err = refused(cli, capsys, "merge", "crash", *words)
     assert "crash.py:6: NameError" in err
+
+
+EARLY = [
+    (["average", "--weight", "1,-1"], "add up to zero"),
+    (["average", "--weight", "one=2,two=-2"], "add up to zero"),
+    (["multislerp", "--weight", "0"], "add up to zero"),
+    (["nuslerp", "--weight", "1,-1"], "add up to zero"),
+    (["dare_average", "--weight", "1,-1"], "add up to zero"),
+    (["task_arithmetic", "--scale", "1,2,3"], "scale has 3 values for 2 tasks"),
+    (["task_arithmetic", "--scale", "onne=1"], "Did you mean 'one'?"),
+    (["interpolate"], "takes exactly 1 expert, got 2"),
+]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"), EARLY, ids=lambda part: " ".join(part) if isinstance(part, list) else ""
+)
+def test_a_recipe_is_refused_before_a_model_is_looked_for(
+    cli: Cli, capsys: Capture, monkeypatch: pytest.MonkeyPatch, words: list[str], sentence: str
+) -> None:
+    monkeypatch.setattr("mergectl.checkpoints.download", lambda ref: pytest.fail(f"{ref} was looked for"))
+    experts = ["one=org/one", "two=org/two"]
+    assert sentence in refused(cli, capsys, "merge", *words, "--base", "org/base", "--experts", *experts, "-o", "m")
+
+
+def test_weights_that_add_up_to_zero_may_stay_as_they_are(cli: Cli, population: Path) -> None:
+    words = ["average", "--base", population / "base", "--experts", population / "parity", population / "loop"]
+    assert cli("merge", *words, "-o", "m", "--weight", "1,-1", "--normalize", "false") == 0
+
+
+def test_an_output_folder_that_exists_is_told_before_a_model_is_looked_for(
+    cli: Cli, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mergectl.checkpoints.download", lambda ref: pytest.fail(f"{ref} was looked for"))
+    Path("m").mkdir()
+    assert "m exists already" in refused(cli, capsys, "merge", "average", "--experts", "org/a", "org/b", "-o", "m")
