@@ -80,6 +80,11 @@ def checked_adapters(family: Family, rank: int | None, mode: str | None) -> dict
             raise UserError(
                 f"{expert.ref} has '{min(odd)}' besides plain factors. Leave out --adapter to merge models."
             )
+        if kernel := next((m for m in expert.modules if len(expert.part_shape(m)) > 2), None):
+            raise UserError(
+                f"{expert.ref} adapts the convolution '{kernel}', and only adapters of matrices are merged as such. "
+                "Leave out --adapter to merge the models that the adapters stand for."
+            )
     given = "--adapter-rank" if rank is not None else "--adapter-mode"
     if first.kind == "IA3" and (rank is not None or mode is not None):
         raise UserError(f"{given} is for LoRA; IA3 adapters are vectors.")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import re
-from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergectl.adapter_folds import factors, fits, fold_ia3, fold_ia3_bias, fold_lora, lora_scale
 from mergectl.errors import UserError
+from mergectl.layers import NUMBERED
+from mergectl.naming import stored_modules
+from mergectl.prefixes import prefixes
 from mergectl.weights import Checkpoint, WeightFile, read_json
 
 if TYPE_CHECKING:
@@ -43,13 +46,17 @@ class AdapterCheckpoint(Checkpoint):
         base = self.settings.get("base_model_name_or_path")
         if not base:
             raise UserError(f"{ref}: adapter_config.json does not name its base model (base_model_name_or_path).")
-        self.base = open_base(base)
+        self.base = open_base(_at_revision(str(base), self.settings.get("revision")))
         self.meta = read_json(folder / "mergectl.json") if (folder / "mergectl.json").exists() else {}
         self._adapter = WeightFile(_adapter_file(folder, ref))
-        self._modules, self._saved = self._sort_out()
-        self.prefix = self._find_prefix()
+        self._modules, saved = self._sort_out()
+        spelled = self._spelling()
+        self._own = {spelled(module): module for module in self._modules}  # module as the base spells it -> as here
+        self._saved = {_respelled(name, spelled): key for name, key in saved.items()}
+        self.prefix = self._find_prefix(self._own) or ""
         self.config = dict(self.base.config)
-        for module in self._modules:
+        self._turned = {module: self._is_turned(module) for module in self._own}
+        for module in self._own:
             self._check_shapes(module)
 
     def _sort_out(self) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
@@ -67,26 +74,69 @@ class AdapterCheckpoint(Checkpoint):
                 saved[name.replace(".base_layer.", ".")] = key
         return modules, saved
 
-    def _find_prefix(self) -> str:
-        """What the adapter's module names carry before the base's own names (`bert.` or nothing)."""
-        first = next(iter(self._modules), "")
-        for prefix in ("", first.split(".", 1)[0] + "."):
-            stripped = [module.removeprefix(prefix) for module in self._modules if module.startswith(prefix)]
-            if len(stripped) == len(self._modules) and all(f"{m}.weight" in self.base for m in stripped):
+    def _spelling(self) -> Callable[[str], str]:
+        """How the base spells the adapter's modules: as they are, below its backbone's prefix, or by older names."""
+        below = [lead for lead in prefixes(self.base.names) if lead]
+        ways: list[Callable[[str], str]] = [str, *(lead.__add__ for lead in below)]
+        if found := self._first_that_fits(ways):
+            return found
+        stored = stored_modules(self.base.config)  # builds the model, so it comes last
+        ways = [lambda module: _renamed(module, stored), *(lambda m, p=lead: _renamed(p + m, stored) for lead in below)]
+        if found := self._first_that_fits(ways):
+            return found
+        lacks = self._find_lacking()
+        raise UserError(f"{self.ref} adapts '{lacks}', which its base {self.base.ref} does not have.")
+
+    def _first_that_fits(self, ways: Sequence[Callable[[str], str]]) -> Callable[[str], str] | None:
+        return next((way for way in ways if self._find_prefix([way(m) for m in self._modules]) is not None), None)
+
+    def _find_prefix(self, modules: Iterable[str]) -> str | None:
+        """What module names carry before the base's own names (`bert.` or nothing); None if that is not all."""
+        found = list(modules)
+        for prefix in ("", *(f"{module.split('.', 1)[0]}." for module in found[:1])):
+            if all(m.startswith(prefix) and f"{m.removeprefix(prefix)}.weight" in self.base for m in found):
                 return prefix
-        raise UserError(f"{self.ref} adapts '{first}', which its base {self.base.ref} does not have.")
+        return None
+
+    def _find_lacking(self) -> str:
+        """The first module of which the base has no weight under any prefix."""
+        leads = prefixes(self.base.names)
+        ends = {module: (*(lead + module for lead in leads), module.partition(".")[2]) for module in self._modules}
+        odd = (module for module in ends if not any(f"{name}.weight" in self.base for name in ends[module]))
+        return next(odd, next(iter(self._modules), ""))
+
+    def _is_turned(self, module: str) -> bool:
+        """Whether a module keeps its weight as [in, out]: embeddings, and GPT-2's Conv1D.
+
+        peft notes in its file what the last module it came to was like, so that is asked last.
+        """
+        parts, weight = self._shapes(module), self.shape(f"{module}.weight")
+        if "lora_embedding_A" in parts or len(weight) != 2:
+            return "lora_embedding_A" in parts
+        straight, turned = (fits(weight, parts, turned=way) for way in (False, True))
+        if straight != turned:
+            return turned
+        beside = self._beside(module.removeprefix(self.prefix))
+        return bool(self.settings.get("fan_in_fan_out")) if beside is None else beside
+
+    def _beside(self, module: str) -> bool | None:
+        """Whether other matrices of the layer are turned: those with a bias as long as one of their sides show it."""
+        match = NUMBERED.match(module)
+        for name in self.base if match else ():
+            if match and name.startswith(match[0]) and name.endswith(".bias"):
+                weight = f"{name.removesuffix('.bias')}.weight"
+                shape = self.base.shape(weight) if weight in self.base else ()
+                if len(shape) == 2 and shape[0] != shape[1]:
+                    return (shape[1],) == self.base.shape(name)
+        return None
+
+    def _shapes(self, module: str) -> dict[str, tuple[int, ...]]:
+        return {part: self._adapter.header[key].shape for part, key in self._modules[self._own[module]].items()}
 
     def _check_shapes(self, module: str) -> None:
         """Refuse parts that do not fit the weight they belong to."""
-        weight = self.shape(f"{module}.weight")
-        outer, inner = weight[::-1] if _is_turned(self._modules[module], self.settings) else weight
-        shapes = {part: self._adapter.header[key][0] for part, key in self._modules[module].items()}
-        if "ia3_l" in shapes:
-            fits = shapes["ia3_l"] in ((1, inner), (outer, 1), (1, outer), (inner, 1))
-        else:
-            down, up = (shapes.get(f"lora_{x}", shapes.get(f"lora_embedding_{x}", ())) for x in "AB")
-            fits = len(down) == len(up) == 2 and (up[0], down[1]) == (outer, inner) and down[0] == up[1]
-        if not fits:
+        weight, shapes = self.shape(f"{module}.weight"), self._shapes(module)
+        if not fits(weight, shapes, turned=self._turned[module]):
             told = ", ".join(f"{part} {list(shape)}" for part, shape in shapes.items())
             raise UserError(
                 f"{self.ref}: the parts for '{module}' ({told}) do not fit its base's weight of shape {list(weight)}."
@@ -125,7 +175,7 @@ class AdapterCheckpoint(Checkpoint):
 
     def dtype(self, name: str) -> str:
         """The type of a weight: adapted ones are float32, whatever the base is stored in."""
-        if self._module_of(name) in self._modules:
+        if self._module_of(name) in self._own:
             return "F32"
         own = self._names[name]
         return self._adapter.header[self._saved[name]][1] if own is None else self.base.dtype(own)
@@ -133,7 +183,7 @@ class AdapterCheckpoint(Checkpoint):
     def where(self, name: str) -> tuple[Path, int, int] | None:
         """The bytes of a weight that the adapter leaves as it is; None for the others."""
         own = self._names[name]
-        return None if own is None or self._module_of(name) in self._modules else self.base.where(own)
+        return None if own is None or self._module_of(name) in self._own else self.base.where(own)
 
     @staticmethod
     def _module_of(name: str) -> str:
@@ -142,12 +192,18 @@ class AdapterCheckpoint(Checkpoint):
     def __getitem__(self, name: str) -> torch.Tensor:
         own = self._names[name]
         weight = self._adapter.read(self._saved[name]) if own is None else self.base[own]
-        parts = self._modules.get(self._module_of(name))
-        if parts is None:
+        at = self._module_of(name)
+        if at not in self._own:
             return weight
-        tensors = {part: self._adapter.read(key).float() for part, key in parts.items()}
-        fold = _fold_ia3 if self.kind == "IA3" else _fold_lora
-        return fold(weight.float(), tensors, name, self.settings)
+        module, bias, weight = self._own[at], name.endswith(".bias"), weight.float()
+        parts = {part: self._adapter.read(key).float() for part, key in self._modules[module].items()}
+        if self.kind == "IA3":
+            fold, vector = fold_ia3_bias if bias else partial(fold_ia3, turned=self._turned[at]), parts["ia3_l"]
+            return fold(weight, vector, module, self.settings)
+        scale = lora_scale(module, len(factors(parts)[0]), self.settings)
+        if bias:
+            return weight + scale * parts["lora_B.bias"] if "lora_B.bias" in parts else weight
+        return fold_lora(weight, parts, scale, turned=self._turned[at])
 
     @property
     def modules(self) -> dict[str, dict[str, str]]:
@@ -158,6 +214,10 @@ class AdapterCheckpoint(Checkpoint):
         """One part of a module's adapter: `lora_A`, `lora_B` or `ia3_l`."""
         return self._adapter.read(self._modules[module][name]).float()
 
+    def part_shape(self, module: str) -> tuple[int, ...]:
+        """The shape of a module's first part: as many dimensions as the weight has that it belongs to."""
+        return self._adapter.header[next(iter(self._modules[module].values()))].shape
+
     def scaled(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Plain LoRA's factors s B and A, whose product is what it adds to a module's weight, outputs by inputs."""
         down, up = self.part(module, "lora_A"), self.part(module, "lora_B")
@@ -166,7 +226,7 @@ class AdapterCheckpoint(Checkpoint):
     def scale(self, module: str) -> float:
         """What plain LoRA multiplies a module's product by."""
         rank = self._adapter.header[self._modules[module]["lora_A"]].shape[0]
-        return _lora_scale(f"{module}.weight", rank, self.settings)
+        return lora_scale(module, rank, self.settings)
 
     @property
     def has_start(self) -> bool:
@@ -213,6 +273,11 @@ def _adapter_file(folder: Path, ref: str) -> Path:
     raise UserError(f"{ref} has adapter_config.json but no adapter_model.safetensors.")
 
 
+def _at_revision(base: str, revision: str | None) -> str:
+    """The base with the revision that the adapter was trained on, if its file names one; a folder has none."""
+    return f"{base}@{revision}" if revision and "@" not in base and not Path(base).expanduser().is_dir() else base
+
+
 def _check_kind(settings: dict[str, Any], ref: str) -> None:
     """Refuse the kinds of LoRA that stand for something else than base plus product."""
     odd = [name for name in OTHER_LORA if settings.get(name)]
@@ -226,41 +291,13 @@ def _check_kind(settings: dict[str, Any], ref: str) -> None:
         )
 
 
-def _is_turned(parts: Mapping[str, Any], settings: dict[str, Any]) -> bool:
-    """Whether a module keeps its weight as [in, out]: embeddings, and GPT-2's Conv1D."""
-    return "lora_embedding_A" in parts or bool(settings.get("fan_in_fan_out"))
+def _renamed(module: str, stored: Mapping[str, str]) -> str:
+    """A module as files spell it, whether its name carries a prefix more than the model's own or not."""
+    first, dot, rest = module.partition(".")
+    return stored.get(module) or (first + dot + stored[rest] if rest in stored else module)
 
 
-def _fold_lora(
-    weight: torch.Tensor, parts: dict[str, torch.Tensor], name: str, settings: dict[str, Any]
-) -> torch.Tensor:
-    """W + s B A, with s = alpha / r; DoRA then gives every output row its learned length."""
-    down, up = (parts[f"lora_{x}"] if f"lora_{x}" in parts else parts[f"lora_embedding_{x}"] for x in "AB")
-    scale = _lora_scale(name, len(down), settings)
-    if name.endswith(".bias"):
-        return weight + scale * parts["lora_B.bias"] if "lora_B.bias" in parts else weight
-    turned = _is_turned(parts, settings)
-    whole = (weight.T if turned else weight) + scale * (up @ down)
-    if "lora_magnitude_vector" in parts:
-        whole = whole * (parts["lora_magnitude_vector"] / whole.norm(dim=1)).unsqueeze(1)
-    return whole.T.contiguous() if turned else whole
-
-
-def _lora_scale(name: str, rank: int, settings: dict[str, Any]) -> float:
-    alpha = float(settings["lora_alpha"])
-    for pattern, value in (settings.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name.rpartition(".")[0]):
-            alpha = float(value)
-            break
-    return alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank
-
-
-def _fold_ia3(
-    weight: torch.Tensor, parts: dict[str, torch.Tensor], name: str, settings: dict[str, Any]
-) -> torch.Tensor:
-    """Scale what the vector scales: inputs of feed-forward modules (1 x in), outputs of the others (out x 1)."""
-    vector = parts["ia3_l"]
-    if name.endswith(".bias"):
-        return weight * vector.reshape(-1) if vector.shape[1] == 1 and vector.shape[0] == len(weight) else weight
-    turned = bool(settings.get("fan_in_fan_out"))
-    return ((weight.T if turned else weight) * vector).T if turned else weight * vector
+def _respelled(name: str, spelled: Callable[[str], str]) -> str:
+    """A whole weight's name as the base spells it."""
+    module, dot, ending = name.rpartition(".")
+    return spelled(module) + dot + ending if module else name

@@ -33,6 +33,24 @@ def live_names(model: Any) -> dict[str, str]:
     return {name: by_identity[id(tensor)] for name, tensor in stored.items()}
 
 
+def stored_modules(config: Mapping[str, Any]) -> dict[str, str]:
+    """Module of the live model -> as files spell it, for a `config.json`; nothing where transformers knows no such."""
+    import torch
+    import transformers
+
+    kind = getattr(transformers, str((config.get("architectures") or [""])[0]), None)
+    known = transformers.CONFIG_MAPPING
+    if kind is None or config.get("model_type") not in known:
+        return {}
+    with torch.device("meta"):
+        model = kind(known[config["model_type"]].from_dict(dict(config)))
+    try:
+        pairs = live_names(model).items()
+    except UserError:
+        return {}
+    return {live.rpartition(".")[0]: stored.rpartition(".")[0] for stored, live in pairs}
+
+
 def live_tensors(model: Any) -> dict[str, torch.Tensor]:
     """Name on disk -> the live tensor itself."""
     state = model.state_dict(keep_vars=True)
