@@ -19,9 +19,14 @@ from mergectl.errors import UserError, WorkError
 
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
-    "vocab.json", "merges.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model",
+    "vocab.json", "merges.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "spm.model",
+    "spm_char.model", "sentencepiece.model", "source.spm", "target.spm", "target_vocab.json", "bpe.codes", "dict.txt",
+    "entity_vocab.json", "normalizer.json", "tekken.json",
 )  # fmt: skip
-CARRIED = ("preprocessor_config.json", "processor_config.json", "generation_config.json", "chat_template.jinja")
+CARRIED = (
+    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "generation_config.json",
+    "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
 MODEL = ("config.json", "adapter_config.json")  # a folder that holds one of them and weights may be replaced
 WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth)$")
 THERE = "{out} exists already. Choose another -o, or replace it with --force."

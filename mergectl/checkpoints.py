@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +30,9 @@ __all__ = [
     "read_json",
 ]
 
-HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.md"]
+HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.spm", "*.codes", "*.jinja", "*.md"]
+# The same weights once more in their makers' own form, and what training left.
+NOT_FETCHED = ["*consolidated*", "original/*", "*training_args.bin", "*optimizer.bin", "*scheduler.bin"]
 
 
 def find_folder(ref: str | Path, find_run: Callable[[str], Path | None] | None = None) -> Path:
@@ -68,9 +71,10 @@ def download(ref: str) -> Path:
     if not sys.stderr.isatty():
         disable_progress_bars()
     try:
-        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=HUB_FILES))
+        fetch = functools.partial(snapshot_download, repo, revision=revision, ignore_patterns=NOT_FETCHED)
+        folder = Path(fetch(allow_patterns=HUB_FILES))
         if not any(folder.rglob("*.safetensors")):
-            folder = Path(snapshot_download(repo, revision=revision, allow_patterns=["*.bin", *HUB_FILES[1:]]))
+            folder = Path(fetch(allow_patterns=["*.bin", *HUB_FILES[1:]]))
     except HFValidationError as error:
         raise UserError(f"There is no folder '{ref}', and it is no hub id either (org/name@revision).") from error
     except LocalEntryNotFoundError as error:

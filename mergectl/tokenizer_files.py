@@ -9,6 +9,7 @@ from mergectl.errors import UserError
 
 FILES = (
     "tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model",
+    "spm.model",
 )  # fmt: skip
 
 

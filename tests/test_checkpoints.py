@@ -257,11 +257,14 @@ def test_only_weights_and_texts_are_fetched_from_the_hub(base: Path, monkeypatch
 
     hub = Hub(base, monkeypatch)
     open_checkpoint("org/name")
-    (patterns,) = (ask["allow_patterns"] for ask in hub.asked)
-    there = ["model.safetensors", "config.json", "vocab.txt", "modeling.py", "pytorch_model.bin", "tf_model.h5",
-             "model.onnx", "flax_model.msgpack", "rust_model.ot"]  # fmt: skip
-    fetched = [name for name in there if any(fnmatch(name, pattern) for pattern in patterns)]
-    assert fetched == ["model.safetensors", "config.json", "vocab.txt"]
+    (ask,) = hub.asked
+    wanted = ["model.safetensors", "model-00001-of-00002.safetensors", "below/model.safetensors", "config.json",
+              "vocab.txt", "spm.model", "source.spm", "bpe.codes", "chat_template.jinja"]  # fmt: skip
+    there = [*wanted, "modeling.py", "pytorch_model.bin", "tf_model.h5", "model.onnx", "flax_model.msgpack",
+             "rust_model.ot", "consolidated.safetensors", "consolidated.00.pth", "original/model.safetensors",
+             "original/consolidated.safetensors"]  # fmt: skip
+    fetched = [name for name in there if any(fnmatch(name, pattern) for pattern in ask["allow_patterns"])]
+    assert [n for n in fetched if not any(fnmatch(n, pattern) for pattern in ask["ignore_patterns"])] == wanted
 
 
 def test_pickles_are_fetched_only_where_there_is_nothing_better(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

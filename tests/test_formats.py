@@ -492,3 +492,13 @@ def test_a_file_system_that_takes_no_room_beforehand_is_written_all_the_same_and
     with SafetensorsWriter(path, {"w": (6,)}, {"w": "F32"}) as writer:
         writer.write("w", weight)
     assert torch.equal(load_file(path)["w"], weight)
+
+
+@pytest.mark.parametrize(
+    "name", ["spm.model", "normalizer.json", "generation_config.json", "chat_template.jinja", "chat_template.json"]
+)
+def test_files_of_tokenizers_and_of_generation_are_carried(name: str, cli: Cli, population: Path) -> None:
+    (population / "base" / name).write_text(json.dumps(name))
+    experts = [population / "parity", population / "loop"]
+    assert cli("merge", "average", "--base", population / "base", "--experts", *experts, "-o", "m") == 0
+    assert Path("m", name).read_text() == json.dumps(name)
