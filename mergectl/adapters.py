@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mergectl.adapter_folds import factors, fits, fold_ia3, fold_ia3_bias, fold_lora, lora_scale
 from mergectl.errors import UserError
 from mergectl.layers import NUMBERED
-from mergectl.naming import stored_modules
+from mergectl.naming import as_stored, stored_modules
 from mergectl.prefixes import prefixes
 from mergectl.weights import Checkpoint, WeightFile, read_json
 
@@ -46,7 +46,13 @@ class AdapterCheckpoint(Checkpoint):
         base = self.settings.get("base_model_name_or_path")
         if not base:
             raise UserError(f"{ref}: adapter_config.json does not name its base model (base_model_name_or_path).")
-        self.base = open_base(_at_revision(str(base), self.settings.get("revision")))
+        try:
+            self.base = open_base(_at_revision(str(base), self.settings.get("revision")))
+        except UserError as error:
+            raise UserError(
+                f"{ref} is an adapter of {base}: {error} Where that model lies elsewhere, say so in the adapter's "
+                "adapter_config.json (base_model_name_or_path)."
+            ) from error
         self.meta = read_json(folder / "mergectl.json") if (folder / "mergectl.json").exists() else {}
         self._adapter = WeightFile(_adapter_file(folder, ref))
         self._modules, saved = self._sort_out()
@@ -81,7 +87,10 @@ class AdapterCheckpoint(Checkpoint):
         if found := self._first_that_fits(ways):
             return found
         stored = stored_modules(self.base.config)  # builds the model, so it comes last
-        ways = [lambda module: _renamed(module, stored), *(lambda m, p=lead: _renamed(p + m, stored) for lead in below)]
+        ways = [
+            lambda module: as_stored(module, stored),
+            *(lambda m, p=lead: as_stored(p + m, stored) for lead in below),
+        ]
         if found := self._first_that_fits(ways):
             return found
         lacks = self._find_lacking()
@@ -289,12 +298,6 @@ def _check_kind(settings: dict[str, Any], ref: str) -> None:
             f"{ref} was begun by {start}, which also changes the base. Save it once more as plain LoRA with peft: "
             "save_pretrained(..., path_initial_model_for_weight_conversion=...)."
         )
-
-
-def _renamed(module: str, stored: Mapping[str, str]) -> str:
-    """A module as files spell it, whether its name carries a prefix more than the model's own or not."""
-    first, dot, rest = module.partition(".")
-    return stored.get(module) or (first + dot + stored[rest] if rest in stored else module)
 
 
 def _respelled(name: str, spelled: Callable[[str], str]) -> str:

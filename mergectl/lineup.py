@@ -16,7 +16,7 @@ from mergectl.headers import FLOATING
 from mergectl.naming import OLD_SPELLINGS
 from mergectl.prefixes import DISTILLED, headed_prefix_of, prefixes
 from mergectl.reheading import HeadedModel
-from mergectl.tied import repeated
+from mergectl.tied import head_notes, repeated
 from mergectl.views import TOKENS, Grown, Renamed, grown
 
 TEXT_SIDE = re.compile(r"(clip\.)?(text_model\.|text_projection\.|logit_scale$)")  # of CLIP
@@ -69,7 +69,7 @@ def line_up(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> Population:
     notes += [f"'{n}' of the base repeats '{of}' and goes on to, as it is merged." for n, of in tied.items()]
     if hidden:
         notes.append("The text tower makes the heads of a CLIP model. No expert changes it: kept from the base.")
-    notes += _distilled_notes(heads)
+    notes += [*_distilled_notes(heads), *head_notes(base, own_heads)]
     if lone := [n for n in carried if n not in shared.values() and n not in tied and n not in hidden]:
         notes.append(f"No expert has {_some(lone)}: kept from the base.")
     tied |= {shared[name]: of for name, of in twice.items()}

@@ -115,7 +115,7 @@ def read(path: Path) -> MergekitFile:
         if key in KEYS_NOT_READ:
             raise fail((key,), f"'{key}' is not read: {KEYS_NOT_READ[key]}.")
         if key not in KEYS:
-            raise fail((key,), f"unknown key '{key}'.{did_you_mean(str(key), [*KEYS, *KEYS_NOT_READ])}")
+            raise fail((key,), f"unknown key '{key}'.{did_you_mean(str(key), KEYS)}")
     name = content["merge_method"]
     if name in NOT_READ:
         raise fail(("merge_method",), f"merge_method {name} is not read: {NOT_READ[name]}.")

@@ -51,6 +51,12 @@ def stored_modules(config: Mapping[str, Any]) -> dict[str, str]:
     return {live.rpartition(".")[0]: stored.rpartition(".")[0] for stored, live in pairs}
 
 
+def as_stored(module: str, stored: Mapping[str, str]) -> str:
+    """A module as files spell it, whether its name carries a prefix more than the model's own or not."""
+    first, dot, rest = module.partition(".")
+    return stored.get(module) or (first + dot + stored[rest] if rest in stored else module)
+
+
 def live_tensors(model: Any) -> dict[str, torch.Tensor]:
     """Name on disk -> the live tensor itself."""
     state = model.state_dict(keep_vars=True)

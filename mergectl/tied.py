@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mergectl.inputs import shape_of
@@ -33,6 +33,14 @@ def repeated(models: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, str]:
         if all(torch.equal(model[first], model[name]) for model in models):  # most often the first one says no
             found[name] = first
     return found
+
+
+def head_notes(base: Collection[str], heads: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """Say whose output head over the tokens is no part of the result, as the base has none beside its embedding."""
+    for task, names in heads.items():
+        for name in names:
+            if HEAD.search(name) and TOKENS.search(name) and name not in base:
+                yield f"The base has no '{name}', so that of '{task}' is merged with none: kept in tasks/{task} alone."
 
 
 def uses(names: Collection[str], tied: Mapping[str, str], config: Mapping[str, Any]) -> dict[str, int]:

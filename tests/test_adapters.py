@@ -169,7 +169,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "another kind": ({"peft_type": "LOHA"}, "is a LOHA adapter; only LoRA, DoRA and IA3 can be folded into weights"),
     "no kind": ({"peft_type": None}, "only LoRA, DoRA and IA3"),
     "no base": ({"base_model_name_or_path": None}, "does not name its base model"),
-    "base is gone": ({"base_model_name_or_path": "./gone"}, "There is no folder './gone'"),
+    "base is gone": ({"base_model_name_or_path": "./gone"}, "is an adapter of ./gone: There is no folder './gone'"),
     "repeated layers": ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
     "a changed base": ({"init_lora_weights": "pissa_niter_16"}, "pissa"),
 }

@@ -502,3 +502,13 @@ def test_files_of_tokenizers_and_of_generation_are_carried(name: str, cli: Cli, 
     experts = [population / "parity", population / "loop"]
     assert cli("merge", "average", "--base", population / "base", "--experts", *experts, "-o", "m") == 0
     assert Path("m", name).read_text() == json.dumps(name)
+
+
+def test_a_head_that_only_some_have_is_kept_aside_and_told(cli: Cli, capsys: Capture, tmp_path: Path) -> None:
+    base, one = llama(tmp_path / "base", 0, tied=True), llama(tmp_path / "one", 1)
+    two = llama(tmp_path / "two", 2, tied=True)
+    assert cli("merge", "task_arithmetic", *words(base, one, two), "--quiet") == 0
+    told = "The base has no 'lm_head.weight', so that of 'one' is merged with none: kept in tasks/one alone."
+    assert told in Path("m/README.md").read_text()
+    assert "'two' is merged with none" not in Path("m/README.md").read_text()
+    assert torch.equal(load_file("m/tasks/one/head.safetensors")["lm_head.weight"], weights(one)["lm_head.weight"])

@@ -319,6 +319,10 @@ WRONG = {
     "merge_method: passthrough\nslices: []\n": "line 2: 'slices' must be a list with at least one entry",
     f"merge_method: passthrough\n{MODELS}": "line 4: unknown parameter 'weight' in passthrough.",
     "merge_method: passthrough\nmodels: [{model: a}, {model: c}]\n": "takes exactly 1 expert, got 2.",
+    f"name: mine\nmerge_method: ties\nbase_model: b\n{MODELS}": (
+        "line 1: unknown key 'name'. Known: base_model, dtype, merge_method, models, out_dtype, parameters, slices, "
+        "tokenizer_source."
+    ),
     f"merge_method: ties\nbase_modle: b\n{MODELS}": "line 2: unknown key 'base_modle'. Did you mean 'base_model'?",
     f"merge_method: ties\n{MODELS}": "line 1: ties needs a base_model.",
     f"merge_method: linear\n{MODELS}tokenizer_source: onion\n": "line 7: tokenizer_source 'onion' is not read, only",
