@@ -1,4 +1,4 @@
-"""What adapters do to a weight: the arithmetic of LoRA, DoRA and IA3 for matrices, embeddings and convolutions."""
+"""What adapters do to a weight (LoRA, DoRA, IA3; matrices, embeddings, convolutions), and which do something else."""
 
 from __future__ import annotations
 
@@ -7,10 +7,32 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from mergectl.errors import UserError
+
 if TYPE_CHECKING:
     import torch
 
+# Kinds of LoRA that mean more than W + s B A; the last word of each is a value of init_lora_weights.
+OTHER_LORA = (
+    "layer_replication", "target_parameters", "trainable_token_indices", "use_qalora", "use_bdlora", "kasa_config",
+    "arrow_config", "monteclora_config", "alora_invocation_tokens",
+)  # fmt: skip
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
 Shape = tuple[int, ...]
+
+
+def check_lora(settings: Mapping[str, Any], ref: str) -> None:
+    """Refuse the kinds of LoRA that stand for something else than base plus product."""
+    odd = [name for name in OTHER_LORA if settings.get(name)]
+    if odd:
+        raise UserError(f"{ref} is a LoRA adapter with {odd[0]}, which cannot be folded into weights.")
+    start = str(settings.get("init_lora_weights")).lower()
+    if start.startswith(CHANGES_BASE):
+        raise UserError(
+            f"{ref} was begun by {start}, which also changes the base. Save it once more as plain LoRA with peft: "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=...)."
+        )
 
 
 def factors(parts: Mapping[str, Any]) -> tuple[Any, Any]:

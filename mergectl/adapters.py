@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergectl.adapter_folds import factors, fits, fold_ia3, fold_ia3_bias, fold_lora, lora_scale
+from mergectl.adapter_folds import check_lora, factors, fits, fold_ia3, fold_ia3_bias, fold_lora, lora_scale
 from mergectl.errors import UserError
 from mergectl.layers import NUMBERED
 from mergectl.naming import as_stored, stored_modules
@@ -25,12 +25,9 @@ PARTS = re.compile(
     r"(?P<module>.*)\.(?P<part>lora_A\.weight|lora_B\.(weight|bias)|lora_embedding_A|lora_embedding_B"
     r"|lora_magnitude_vector(\.weight)?|ia3_l)$"
 )
-# Kinds of LoRA that mean more than W + s B A; the last word of each is a value of init_lora_weights.
-OTHER_LORA = (
-    "layer_replication", "target_parameters", "trainable_token_indices", "use_qalora", "use_bdlora", "kasa_config",
-    "arrow_config", "monteclora_config", "alora_invocation_tokens",
-)  # fmt: skip
-CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+HEAD = re.compile(r"(^|\.)(classifier(\.out_proj)?|score)\.weight$")  # one row per label
 
 
 class AdapterCheckpoint(Checkpoint):
@@ -42,7 +39,7 @@ class AdapterCheckpoint(Checkpoint):
         self.kind = str(self.settings.get("peft_type"))
         if self.kind not in ("LORA", "IA3"):
             raise UserError(f"{ref} is a {self.kind} adapter; only LoRA, DoRA and IA3 can be folded into weights.")
-        _check_kind(self.settings, ref)
+        check_lora(self.settings, ref)
         base = self.settings.get("base_model_name_or_path")
         if not base:
             raise UserError(f"{ref}: adapter_config.json does not name its base model (base_model_name_or_path).")
@@ -60,7 +57,9 @@ class AdapterCheckpoint(Checkpoint):
         self._own = {spelled(module): module for module in self._modules}  # module as the base spells it -> as here
         self._saved = {_respelled(name, spelled): key for name, key in saved.items()}
         self.prefix = self._find_prefix(self._own) or ""
-        self.config = dict(self.base.config)
+        self.config = _labelled(
+            self.base.config, {name: self._adapter.header[key].shape for name, key in saved.items()}
+        )
         self._turned = {module: self._is_turned(module) for module in self._own}
         for module in self._own:
             self._check_shapes(module)
@@ -287,20 +286,16 @@ def _at_revision(base: str, revision: str | None) -> str:
     return f"{base}@{revision}" if revision and "@" not in base and not Path(base).expanduser().is_dir() else base
 
 
-def _check_kind(settings: dict[str, Any], ref: str) -> None:
-    """Refuse the kinds of LoRA that stand for something else than base plus product."""
-    odd = [name for name in OTHER_LORA if settings.get(name)]
-    if odd:
-        raise UserError(f"{ref} is a LoRA adapter with {odd[0]}, which cannot be folded into weights.")
-    start = str(settings.get("init_lora_weights")).lower()
-    if start.startswith(CHANGES_BASE):
-        raise UserError(
-            f"{ref} was begun by {start}, which also changes the base. Save it once more as plain LoRA with peft: "
-            "save_pretrained(..., path_initial_model_for_weight_conversion=...)."
-        )
-
-
 def _respelled(name: str, spelled: Callable[[str], str]) -> str:
     """A whole weight's name as the base spells it."""
     module, dot, ending = name.rpartition(".")
     return spelled(module) + dot + ending if module else name
+
+
+def _labelled(config: Mapping[str, Any], saved: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The base's configuration with as many labels as the head has that was trained beside the adapter."""
+    rows = next((shape[0] for name, shape in saved.items() if HEAD.search(name)), None)
+    if rows is None or rows == len(config.get("id2label") or range(config.get("num_labels", 2))):
+        return dict(config)
+    labels = {str(number): f"LABEL_{number}" for number in range(rows)}
+    return {**config, "id2label": labels, "label2id": {label: int(number) for number, label in labels.items()}}

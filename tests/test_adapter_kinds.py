@@ -70,9 +70,10 @@ def make(folder: Path, case: Case) -> dict[str, torch.Tensor]:
         warnings.simplefilter("ignore")  # what peft advises
         built = getattr(transformers, base)
         built(built.config_class(**facts)).save_pretrained(folder / "base")
-        model = getattr(transformers, adapted).from_pretrained(folder / "base")
+        labels = {"num_labels": settings["labels"]} if "labels" in settings else {}
+        model = getattr(transformers, adapted).from_pretrained(folder / "base", **labels)
         more = {"r": 2, "lora_alpha": 6} if kind == "lora" else {}
-        given = {"target_modules": modules, **more, **settings}
+        given = {"target_modules": modules, **more, **{key: settings[key] for key in settings if key != "labels"}}
         wrapped = get_peft_model(model, (LoraConfig if kind == "lora" else IA3Config)(**given))
         for weight in wrapped.parameters():
             if weight.requires_grad:
@@ -105,6 +106,19 @@ def test_adapters_with_a_backbones_names_merge_onto_the_whole_model(cli: Cli, tm
     for name, weight in expected.items():
         torch.testing.assert_close(merged[f"model.{name}"], weight, rtol=0, atol=1e-5)
     assert torch.equal(merged["lm_head.weight"], base["lm_head.weight"])
+
+
+def test_an_exported_adapter_has_as_many_labels_as_its_head(cli: Cli, tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    shape = {"bias": "none", "modules_to_save": ["classifier"]}
+    make(tmp_path, ("BertModel", TEXTS, "BertForSequenceClassification", "lora", ["query"], {**shape, "labels": 3}))
+    words = ["--base", "base", "--experts", "one=adapter", "-o", "m", "--export", "one"]
+    assert cli("merge", "average", *words) == 0
+    with quiet():
+        model = AutoModelForSequenceClassification.from_pretrained("m")
+    assert (model.config.num_labels, model.config.label2id["LABEL_2"]) == (3, 2)
+    assert torch.equal(model.classifier.weight, load_file("m/model.safetensors")["classifier.weight"])
 
 
 def test_adapters_of_convolutions_are_not_merged_as_adapters(
