@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mergectl.evaluate import evaluate
     from mergectl.merging import Merged, merge_weights
     from mergectl.methods._contract import (
+        Beside,
         Between,
         MergeWarning,
         MethodError,
@@ -41,6 +42,7 @@ _HOMES = {
     "Merged": "mergectl.merging",
     "UserError": "mergectl.errors",
     "TaskVectors": "mergectl.methods._task_vectors",
+    "Beside": "mergectl.methods._contract",
     "Between": "mergectl.methods._contract",
     "MergeWarning": "mergectl.methods._contract",
     "MergedVectors": "mergectl.methods._contract",
@@ -59,6 +61,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Beside",
     "Between",
     "MergeWarning",
     "Merged",

@@ -96,9 +96,12 @@ def trimmed(at: At) -> Settings:
 
 def dropped(at: At) -> Settings:
     """DARE: entries kept with probability density; rescaled to the tensor's sum of magnitudes."""
-    return {
-        "drop": tuple(1 - share for share in at.each("density")), "rescale": at("rescale"), "rescale_to": "l1",
-    }  # fmt: skip
+    return {"drop": tuple(1 - share for share in at.each("density")), **_to_mass(at)}
+
+
+def _to_mass(at: At) -> Settings:
+    """Rescaled to the tensor's sum of magnitudes, or not at all."""
+    return {"rescale": True, "rescale_to": "l1"} if at("rescale") else {"rescale": False}
 
 
 def middling(at: At) -> Settings:
@@ -113,9 +116,7 @@ def ranked(at: At) -> Settings:
             raise UserError(
                 f"density - epsilon and density + epsilon must lie inside 0 to 1, got density {share}, epsilon {width}."
             )
-    return {
-        "keep": at.each("density"), "epsilon": at.each("epsilon"), "rescale": at("rescale"), "rescale_to": "l1",
-    }  # fmt: skip
+    return {"keep": at.each("density"), "epsilon": at.each("epsilon"), **_to_mass(at)}
 
 
 def _normalized(weights: tuple[float, ...]) -> tuple[float, ...]:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from mergectl import plugins, values
 from mergectl.errors import UserError, did_you_mean
-from mergectl.methods._contract import SUPPLIES, Between, OneOf, PerTask, Tasks
+from mergectl.methods._contract import SUPPLIES, Beside, Between, OneOf, PerTask, Tasks
 from mergectl.values import Setting
 
 __all__ = ["MethodInfo", "Setting", "check", "describe", "names", "parse", "problems", "refinements", "settings_of"]
@@ -128,6 +128,8 @@ def check(name: str, given: Mapping[str, Any], tasks: Sequence[str] | None) -> d
             if info.extra_bits:
                 raise UserError(f"{key} cannot differ between weights: '{info.name}' keeps one rescaler per task.")
             checked[key].setdefault("*", values.resolve(setting, setting.default, tasks))
+    for key in given if tasks is not None else ():  # a search may still vary the other setting
+        values.check_beside(info.settings[key], checked)
     return checked
 
 
@@ -164,6 +166,9 @@ def _describe_module(name: str, module: ModuleType) -> MethodInfo:
     try:
         settings = {p.name: _setting(p, function, name) for p in parameters if p.kind is p.KEYWORD_ONLY}
         supplies = {p.name: _supply(p) for p in parameters if p.kind is not p.KEYWORD_ONLY}
+        beside = {key: setting.beside.setting for key, setting in settings.items() if setting.beside is not None}
+        for key in (key for key, other in beside.items() if other not in settings):
+            raise TypeError(f"setting '{key}' stands beside '{beside[key]}', which is no setting of this file.")
         if not (module.__doc__ or "").strip():
             raise TypeError("the file must begin with a sentence that says what it does.")
     except TypeError as error:
@@ -245,6 +250,7 @@ def _setting(parameter: inspect.Parameter, function: Callable[..., Any], origin:
             raise TypeError(f"the type of setting '{name}' cannot be read ({error}).") from error
     kind, *notes = typing.get_args(hint) if typing.get_origin(hint) is typing.Annotated else (hint,)
     between = next((note for note in notes if isinstance(note, Between)), None)
+    beside = next((note for note in notes if isinstance(note, Beside)), None)
     words = tuple(word for note in notes if isinstance(note, OneOf) for word in note.words)
     help_text = next((note for note in notes if isinstance(note, str)), "")
     if (kind != PerTask and kind not in _TYPES) or (kind is str) != bool(words) or not help_text:
@@ -257,4 +263,4 @@ def _setting(parameter: inspect.Parameter, function: Callable[..., Any], origin:
         raise TypeError(f"setting '{name}' must have a default.")
     per_task = bool(kind == PerTask)
     type_ = "float" if per_task else _TYPES[kind]
-    return Setting(name, type_, parameter.default, help_text, between, words, per_task, origin)
+    return Setting(name, type_, parameter.default, help_text, between, words, per_task, origin, beside)

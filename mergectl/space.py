@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 from mergectl.errors import UserError, did_you_mean
 from mergectl.layers import is_front, stacks
 from mergectl.ranges import inside, read_range, steps
+from mergectl.values import check_beside, meant
 
 if TYPE_CHECKING:
+    from mergectl.methods._contract import Beside
     from mergectl.settings import Setting
 
 
@@ -35,6 +37,7 @@ class Dimension:
     group: str | None = None  # how the weights are called: a pattern, or `layers 1-4`
     patterns: tuple[str, ...] = ()
     log: bool = False  # equal factors count as equal steps
+    beside: Beside | None = None  # the values of another setting without which it means nothing
 
     @property
     def name(self) -> str:
@@ -98,7 +101,8 @@ def space(
     parts = [name.partition("@")[::2] for name in ranges]
     _check_names(settings, [name for name, _ in parts], fixed, per_task, layered)
     chosen = list(dict.fromkeys(name for name, _ in parts))
-    chosen += [n for n, s in settings.items() if n not in chosen and n not in fixed and _searchable(s)]
+    idle = _idle(settings, (*chosen, *per_task, *layered), fixed)
+    chosen += [n for n, s in settings.items() if n not in (*chosen, *fixed, *idle) and _searchable(s)]
     chosen += [name for name in dict.fromkeys((*per_task, *layered)) if name not in chosen]
     if not chosen:
         raise UserError("Nothing is left to search: every setting is fixed. Name one with --range NAME=LOW:HIGH.")
@@ -123,6 +127,22 @@ def _check_names(
     for name in per_task:
         if not settings[name].per_task:
             raise UserError(f"'{name}' cannot differ per task. Drop --per-task {name}.")
+
+
+def _idle(settings: Mapping[str, Setting], named: Sequence[str], fixed: Mapping[str, Any]) -> list[str]:
+    """The settings that mean nothing in any candidate, as another one is never as they need it; none that is named."""
+    found = []
+    for name, setting in settings.items():
+        if (beside := setting.beside) is None or beside.setting in named:
+            continue
+        if meant(beside, fixed.get(beside.setting, settings[beside.setting].default)):
+            continue
+        if name in named or name in fixed:
+            check_beside(
+                setting, {**{n: s.default for n, s in settings.items()}, **fixed, name: fixed.get(name, "searched")}
+            )
+        found.append(name)
+    return found
 
 
 def _spread(
@@ -189,12 +209,12 @@ def _dimension(setting: Setting, text: str | None) -> Dimension:
 def _words(setting: Setting, text: str | None) -> Dimension:
     known = (True, False) if setting.type == "bool" else tuple(setting.words)
     if text is None:
-        return Dimension(setting.name, "word", words=known)
+        return Dimension(setting.name, "word", words=known, beside=setting.beside)
     asked = [{"true": True, "false": False}.get(w, w) if setting.type == "bool" else w for w in text.split(",")]
     for word in asked:
         if word not in known:
             raise UserError(f"{setting.name} is one of {', '.join(map(str, known))}, not '{word}'.")
-    return Dimension(setting.name, "word", words=tuple(dict.fromkeys(asked)))
+    return Dimension(setting.name, "word", words=tuple(dict.fromkeys(asked)), beside=setting.beside)
 
 
 def _numbers(setting: Setting, text: str | None) -> Dimension:
@@ -203,7 +223,7 @@ def _numbers(setting: Setting, text: str | None) -> Dimension:
         if limits is None:
             raise UserError(f"Give '{setting.name}' a range: --range {setting.name}=LOW:HIGH.")
         low, high = limits.search or (limits.low, limits.high)
-        return Dimension(setting.name, setting.type, low, high, start=_start(setting))
+        return Dimension(setting.name, setting.type, low, high, start=_start(setting), beside=setting.beside)
     low, high, step, log = read_range(setting, text)
     if limits is not None and not inside(limits, low, high):
         borders = f"{limits.low:g} and {'below ' if limits.high_open else ''}{limits.high:g}"
@@ -212,7 +232,7 @@ def _numbers(setting: Setting, text: str | None) -> Dimension:
         )
     if step is not None:  # the last point, where the steps do not end at HIGH
         high = round(low + steps(low, high, step) * step, 10)
-    return Dimension(setting.name, setting.type, low, high, step, start=_start(setting), log=log)
+    return Dimension(setting.name, setting.type, low, high, step, start=_start(setting), log=log, beside=setting.beside)
 
 
 def _start(setting: Setting) -> float | None:
@@ -233,6 +253,10 @@ def to_settings(params: Mapping[str, Any], dimensions: Sequence[Dimension], fixe
             if dimension.task is not None:
                 place, key = place.setdefault(key, {}), dimension.task
             place[key] = value
+    for dimension in dimensions:  # a candidate leaves out what has no meaning in it
+        beside = dimension.beside
+        if beside is not None and beside.setting in settings and not meant(beside, settings[beside.setting]):
+            settings.pop(dimension.setting, None)
     return settings
 
 

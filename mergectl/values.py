@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mergectl.errors import UserError, did_you_mean
-from mergectl.methods._contract import Between
+from mergectl.methods._contract import Beside, Between
 
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
@@ -25,6 +25,26 @@ class Setting:
     words: tuple[str, ...]
     per_task: bool
     origin: str  # the method or refinement whose setting it is
+    beside: Beside | None = None  # the values of another setting without which it means nothing
+
+
+def check_beside(setting: Setting, found: Mapping[str, Any]) -> None:
+    """Refuse a setting that would change nothing for want of another one's value; `found` are all, checked."""
+    if setting.beside is None or found[setting.name] == setting.default:
+        return
+    if not meant(setting.beside, found[setting.beside.setting]):
+        words = " or ".join(f"{setting.beside.setting}={_typed(word)}" for word in setting.beside.words)
+        raise UserError(f"{setting.name} has a meaning only with {words}. Add that, or leave {setting.name} out.")
+
+
+def meant(beside: Beside, value: Any) -> bool:
+    """Whether a value of the other setting, or one of its values for some weights, gives a meaning."""
+    values = value.values() if isinstance(value, Mapping) else (value,)
+    return any(part in beside.words for part in values)
+
+
+def _typed(word: Any) -> str:
+    return str(word).lower() if isinstance(word, bool) else str(word)
 
 
 def parse(setting: Setting, text: str) -> Any:

@@ -78,6 +78,14 @@ class Split:
     total: float
 
 
+@dataclass(frozen=True)
+class Beside:
+    """The values of another setting beside which alone a setting has a meaning: elsewhere it is refused."""
+
+    setting: str
+    words: tuple[Any, ...]
+
+
 # A setting of this type may be given per task: it arrives as one number, or as one number per task in task order.
 PerTask: TypeAlias = float | Sequence[float]
 

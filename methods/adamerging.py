@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 
 from mergectl.methods import _adapting, _blend, _kernels, _linears, ties
-from mergectl.methods._contract import Between, Merged, OneOf, PerTask, Split
+from mergectl.methods._contract import Beside, Between, Merged, OneOf, PerTask, Split
 from mergectl.methods._kernels import per_task
 
 if TYPE_CHECKING:
@@ -69,7 +69,9 @@ def merge(
     clamp: Annotated[bool, "use coefficients clamped to [0, 1]"] = False,
     normalize: Annotated[bool, "use the coefficients' softmax over tasks"] = False,
     plus: Annotated[bool, "AdaMerging++: trim task vectors and drop what opposes the elected sign"] = False,
-    density: Annotated[float, Between(0.0, 1.0, search=(0.05, 1.0)), "plus: share of each task vector kept"] = 0.2,
+    density: Annotated[
+        float, Between(0.0, 1.0, search=(0.05, 1.0)), Beside("plus", (True,)), "plus: share of each task vector kept"
+    ] = 0.2,
     parameters: Annotated[
         str, OneOf(PARAMETERS), "merge the backbone (without CLIP's projection), it without token tables, or all"
     ] = "backbone",

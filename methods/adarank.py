@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Annotated
 import torch
 
 from mergectl.methods import _adapting, _blend, _linears, _masked_ranks, _spectral, cart
-from mergectl.methods._contract import Between, Merged, MergeWarning, OneOf, Remember
+from mergectl.methods._contract import Beside, Between, Merged, MergeWarning, OneOf, Remember
 
 if TYPE_CHECKING:
     from mergectl.methods._task_vectors import TaskVectors
@@ -82,7 +82,7 @@ def merge(
     temperature: Annotated[float, Between(0.0, 1000.0, low_open=True), "of the masks' sigmoid"] = 10.0,
     soft_mask: Annotated[bool, "weigh components by their chance instead of keeping or pruning them"] = False,
     clamp: Annotated[bool, "use coefficients clamped to [0, 1]"] = False,
-    extend_clamp: Annotated[bool, "with clamp: to [-0.5, 2] instead"] = False,
+    extend_clamp: Annotated[bool, Beside("clamp", (True,)), "with clamp: to [-0.5, 2] instead"] = False,
     normalize: Annotated[bool, "use the coefficients' softmax over tasks"] = False,
     decompose: Annotated[str, OneOf(["auto", *_spectral.RULES]), MASKED] = "auto",
     hold: Annotated[str, OneOf(_masked_ranks.HOLD), _masked_ranks.HOLD_HELP] = "float32",

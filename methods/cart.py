@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 
 from mergectl.methods import _kernels, _linears, _spectral
-from mergectl.methods._contract import Between, Merged, OneOf, PerTask, Remember
+from mergectl.methods._contract import Beside, Between, Merged, OneOf, PerTask, Remember
 
 if TYPE_CHECKING:
     from mergectl.methods._task_vectors import TaskVectors
@@ -133,11 +133,15 @@ def merge(
     origin: Annotated[str, OneOf(ORIGINS), "the model whose differences from the experts are truncated"] = "average",
     combine: Annotated[str, OneOf(COMBINE), "add the tasks' parts up, or make them orthonormal (TSV-Merge)"] = "sum",
     origin_scale: Annotated[
-        float, Between(-10.0, 10.0), "the origin's own factor, for task_arithmetic, cart and tsv"
+        float,
+        Between(-10.0, 10.0),
+        Beside("origin", ("task_arithmetic", "cart", "tsv")),
+        "the origin's own factor, for task_arithmetic, cart and tsv",
     ] = 1.0,
     origin_rank_ratio: Annotated[
         float | None,
         Between(0.0, 1.0),
+        Beside("origin", ("cart", "tsv")),
         "the origin's own rank_ratio, for cart (the same) and tsv (1/K)",
     ] = None,
     min_rank: Annotated[int, Between(0, 64), "least number of components kept per task"] = 1,

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 
 from mergectl.methods import _kernels, _more_kernels
-from mergectl.methods._contract import Between, MethodError, OneOf, PerTask, Rng
+from mergectl.methods._contract import Beside, Between, MethodError, OneOf, PerTask, Rng
 
 if TYPE_CHECKING:
     from mergectl.methods._task_vectors import TaskVectors
@@ -42,9 +42,9 @@ def refine(
     keep: Annotated[PerTask, Between(0.0, 1.0, search=(0.2, 0.8)), "mean share of entries kept; 1 keeps all"] = 0.5,
     epsilon: Annotated[PerTask, Between(0.0, 0.5, search=(0.0, 0.19)), "largest entries have keep + this"] = 0.15,
     rescale: Annotated[bool, "rescale what is left"] = True,
-    rescale_to: Annotated[str, OneOf(["expected", "l1"]), "keep the expected value, or the sum of magnitudes"] = (
-        "expected"
-    ),
+    rescale_to: Annotated[
+        str, OneOf(["expected", "l1"]), Beside("rescale", (True,)), "keep the expected value, or the sum of magnitudes"
+    ] = "expected",
 ) -> TaskVectors:
     """Return task vectors with entries dropped by a chance that falls with their rank in their row."""
     tasks = len(task_vectors.tasks)

@@ -30,7 +30,17 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 import torch
 
 from mergectl.methods import _kernels, _linears, _moments, _ranks, _spectral
-from mergectl.methods._contract import Between, MergeWarning, MethodError, OneOf, PerTask, Remember, Tasks, Weights
+from mergectl.methods._contract import (
+    Beside,
+    Between,
+    MergeWarning,
+    MethodError,
+    OneOf,
+    PerTask,
+    Remember,
+    Tasks,
+    Weights,
+)
 from mergectl.methods._directions import Directions, lost_with_smallest, smallest_directions
 from mergectl.methods._moments import Gram
 
@@ -72,6 +82,7 @@ BASES: dict[str, Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]] = 
     "cholesky": with_cholesky,
     "asvd": with_row_means,
 }
+DAMPED = tuple(name for name in BASES if name != "svd")
 
 
 @dataclass(frozen=True)
@@ -157,8 +168,10 @@ def refine(
     rank_scale: Annotated[
         PerTask, Between(0.0, 1.0, low_open=True, search=(0.75, 1.0)), "share of each layer's rank kept"
     ] = 0.96875,
-    damping: Annotated[float, Between(0.0, 1000.0), "added to the moments' diagonal"] = 0.1,
-    damping_backoff: Annotated[bool, "double damping until moments invert well in float32"] = False,
+    damping: Annotated[float, Between(0.0, 1000.0), Beside("basis", DAMPED), "added to the moments' diagonal"] = 0.1,
+    damping_backoff: Annotated[
+        bool, Beside("basis", DAMPED), "double damping until moments invert well in float32"
+    ] = False,
     basis: Annotated[str, OneOf(BASES), "what the weight is multiplied by: the moment, nothing, or its stand-ins"] = (
         "co_svd"
     ),

@@ -74,6 +74,28 @@ def test_a_value_out_of_range(cli: Cli, capsys: Capture, population: Path) -> No
     assert "density must lie between 0.0 and 1.0" in err and "20" in err
 
 
+BESIDE = [
+    ("adarank", ["--extend-clamp", "true"], "extend_clamp has a meaning only with clamp=true."),
+    ("adamerging", ["--density", "0.3"], "density has a meaning only with plus=true."),
+    (
+        "cart",
+        ["--origin-scale", "0.3"],
+        "origin_scale has a meaning only with origin=task_arithmetic or origin=cart or",
+    ),
+    ("cart", ["--origin", "base", "--origin-rank-ratio", "0.3"], "origin_rank_ratio has a meaning only with"),
+    ("della_linear", ["--rescale", "false", "--rescale-to", "l1"], "rescale_to has a meaning only with rescale=true."),
+]
+
+
+@pytest.mark.parametrize(("method", "words", "sentence"), BESIDE)
+def test_a_setting_that_would_change_nothing_is_refused(
+    cli: Cli, capsys: Capture, population: Path, method: str, words: list[str], sentence: str
+) -> None:
+    start, *rest = merge_words(population, population / "parity")
+    err = refused(cli, capsys, start, method, *rest[1:], *words)
+    assert sentence in err and f"leave {words[-2].removeprefix('--').replace('-', '_')} out." in err
+
+
 def test_a_value_of_the_wrong_type(cli: Cli, capsys: Capture, population: Path) -> None:
     err = refused(cli, capsys, "merge", "ties", "--density", "much", "--experts", population / "parity", "-o", "out")
     assert "density" in err and "much" in err

@@ -44,11 +44,28 @@ def made(kind: Any = "float", between: Between | None = None, **facts: Any) -> S
 
 @pytest.mark.parametrize("method", names())
 def test_what_declares_a_range_to_search_is_searched_and_nothing_else(method: str) -> None:
-    searchable = {name: s.between.search for name, s in settings_of(method).items() if s.between and s.between.search}
+    settings = settings_of(method)
+    searchable = {name: s.between.search for name, s in settings.items() if s.between and s.between.search}
+    for name, setting in settings.items():
+        beside = setting.beside
+        if beside is not None and settings[beside.setting].default not in beside.words:
+            searchable.pop(name, None)  # it would change nothing
     if not searchable:
         assert "--range NAME=LOW:HIGH" in refusal(method)
         return
     assert {d.setting: (d.low, d.high) for d in of(method)} == searchable
+
+
+def test_what_would_change_nothing_is_searched_only_beside_what_gives_it_a_meaning() -> None:
+    assert "density" not in [d.setting for d in of("adamerging")]
+    assert "density" in [d.setting for d in of("adamerging_plus")]
+    assert "density" in [d.setting for d in of("adamerging", fixed={"plus": True})]
+    assert "density has a meaning only with plus=true" in refusal("adamerging", density="0.1:0.3")
+    assert "density has a meaning only with plus=true" in refusal("adamerging", fixed={"density": 0.3})
+    found = of("adamerging", density="0.1:0.3", plus="true,false")
+    params = {d.name: d.at(0.0) for d in found}
+    assert to_settings({**params, "plus": True}, found, {})["density"] == 0.1
+    assert "density" not in to_settings({**params, "plus": False}, found, {})
 
 
 def test_a_range_on_the_command_line_wins_over_the_declared_one() -> None:

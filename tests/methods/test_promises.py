@@ -13,6 +13,7 @@ import torch
 from mergectl import plugins, settings
 from mergectl.errors import UserError
 from mergectl.merging import Merged, MergeWarning, Recipe, merge_stream
+from mergectl.values import meant
 from tests.methods.families import (
     SHAPES,
     assert_close,
@@ -33,6 +34,12 @@ each_method = pytest.mark.parametrize("method", METHODS)
 def merged(method: str, tasks: int = 3, dtype: torch.dtype = torch.float32, **given: Any) -> Merged:
     base, experts = family(expert_count(method, tasks), dtype=dtype)
     return merge_weights(method, base, experts, **given)
+
+
+def _meaningful(method: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Add the values of other settings without which these would mean nothing."""
+    beside = [found for key in given if (found := settings.settings_of(method)[key].beside) is not None]
+    return {other.setting: other.words[-1] for other in beside} | given
 
 
 def _given(name: str, value: Any) -> dict[str, Any]:
@@ -121,14 +128,34 @@ def test_global_randomness_is_neither_used_nor_moved(method: str) -> None:
 @each_method
 def test_copies_of_one_model_merge_to_it(method: str) -> None:
     tasks = expert_count(method)
-    neutral = settings.describe(method).neutral
-    if neutral is None:
+    info = settings.describe(method)
+    if info.neutral is None:
         assert method in NEVER_THE_EXPERT
         return
+    found = {key: setting.default for key, setting in info.settings.items()} | dict(info.neutral)
+    neutral = {key: value for key, value in info.neutral.items()
+               if (beside := info.settings[key].beside) is None or meant(beside, found[beside.setting])}  # fmt: skip
     base, experts = family(1)
     copies = {f"task{i}": experts["task0"] for i in range(tasks)}
     result = merge_weights(method, base, copies, **neutral_settings(neutral, tasks))
     assert_close(result.task("task0"), experts["task0"])
+
+
+@each_method
+def test_a_setting_that_means_nothing_for_want_of_another_value_is_refused_and_with_it_taken(method: str) -> None:
+    known = settings.settings_of(method)
+    for key, setting in known.items():
+        if setting.beside is None:
+            continue
+        words = known[setting.beside.setting].words or (True, False)
+        value = 0.7 if setting.type == "float" else next(v for v in (*setting.words, True) if v != setting.default)
+        for word in words:
+            given = {setting.beside.setting: word, key: value}
+            if word in setting.beside.words:
+                assert settings.check(method, given, ["a", "b"])[key] == value
+            else:
+                with pytest.raises(UserError, match=f"{key} has a meaning only with {setting.beside.setting}="):
+                    settings.check(method, given, ["a", "b"])
 
 
 @each_method
@@ -267,7 +294,7 @@ def test_every_word_of_every_setting_works(method: str) -> None:
     base, experts = family(expert_count(method))
     for setting in settings.settings_of(method).values():
         for word in setting.words or ((True, False) if setting.type == "bool" else ()):
-            result = merge_weights(method, base, experts, **_given(setting.name, word))
+            result = merge_weights(method, base, experts, **_meaningful(method, {setting.name: word}))
             assert all(bool(x.isfinite().all()) for x in result.values())
 
 
@@ -281,10 +308,11 @@ def test_numpy_numbers_are_numbers(method: str) -> None:
     for setting in settings.settings_of(method).values():
         if setting.between is not None:
             numbers[setting.name] = 2 if setting.type == "int" else 0.6 if setting.between.high > 0.6 else 0.2
-    expected = merge_weights(method, base, experts, **numbers)
+    plain = _meaningful(method, numbers)
+    expected = merge_weights(method, base, experts, **plain)
     for kind in (np.float64, np.float32, torch.tensor):
-        given: dict[str, Any] = {name: kind(number) for name, number in numbers.items()}
-        assert settings.check(method, given, list(experts)) == settings.check(method, numbers, list(experts))
+        given: dict[str, Any] = plain | {name: kind(number) for name, number in numbers.items()}
+        assert settings.check(method, given, list(experts)) == settings.check(method, plain, list(experts))
         assert_same(merge_weights(method, base, experts, **given), expected)
 
 
