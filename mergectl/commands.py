@@ -264,11 +264,15 @@ def run(
     if again is not None:
         from mergectl.repeat import repeat
 
-        if pipeline is not None or show:
+        if pipeline is not None or show or settings or dry_run or smoke:
             raise UserError("--again takes everything from the run. Leave out the rest.")
         repeat(lab, again)
         return
-    if smoke and pipeline is None and not show and not dry_run:
+    if show and (pipeline is not None or settings or dry_run or smoke):
+        raise UserError("--list shows all pipelines. Leave out the rest.")
+    if pipeline is None and (dry_run or (settings and not smoke)):
+        raise UserError(f"{'--dry-run' if dry_run else '--set'} is for one pipeline. Name it: mergectl run NAME")
+    if smoke and pipeline is None:
         pipelines.try_all(lab, pairs("--set", settings))
     elif show or pipeline is None:
         pipelines.show_all()

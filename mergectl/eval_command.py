@@ -58,7 +58,8 @@ def evaluate(
         from mergectl.conflict import show_conflict
 
         others = {
-            "on": on, "heads": heads, "split": split != "report", "limit": limit, "references": references,
+            "on": on, "heads": heads, "split": split != "report", "limit": limit,
+            "batch-size": batch_size != 64, "dtype": dtype != "float32", "references": references,
             "answer-metric": answer_metric != "rank", "show": show, "flops": flops, "inputs": inputs != "full",
         }  # fmt: skip
         show_conflict(lab, model, named(experts or []), asked=conflict, others=[n for n, v in others.items() if v])

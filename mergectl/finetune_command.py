@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -127,11 +128,27 @@ def finetune(
     options |= {"larger_batch": larger_batch}
     varied = read_grid(grid or [])
     _refuse_both(ctx, varied)
+    _refuse_idle({name for name in options if _typed(ctx, name)}, varied, options)
     job = MedusaJob(tuple(against or ()), mask, top_k, prepass_epochs, prepass_percent, unowned)
     typed = [name for name in OWN_OPTIONS if _typed(ctx, name)]
     results = train(lab, tasks, base, out, options, purpose, job, typed, varied, force=force)
     rows = [(r["task"], r["out"], r.get("score"), r["run"]) for r in results]
     lab.terminal.give(results, lambda: print_table("Experts", ("task", "folder", "tune score", "run"), rows, left=2))
+
+
+def _refuse_idle(typed: Collection[str], grid: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Refuse a setting that changes nothing for want of another one's value; those of a preset are not known here."""
+    adapters = set(grid.get("peft", (options.get("peft", "none"),)))
+    constant = set(grid.get("scheduler", (options.get("scheduler"),))) == {"constant"}
+    rows = [(name, "lora" in adapters, "with --peft lora") for name in ("rank", "alpha", "dropout")]
+    rows += [("targets", adapters != {"none"}, "with --peft lora or --peft ia3")]
+    rows += [("warmup", "warmup_steps" not in typed, "without --warmup-steps, which says the same in steps")]
+    rows += [(name, not constant or not options.get(name), "with another --scheduler, such as constant_with_warmup")
+             for name in ("warmup", "warmup_steps")]  # fmt: skip
+    for name, meant, where in rows:
+        if not meant and (name in typed or name in grid):
+            option = "--" + name.replace("_", "-")
+            raise UserError(f"{option} has a meaning only {where}. Change that, or leave {option} out.")
 
 
 def _typed(ctx: typer.Context, name: str) -> bool:

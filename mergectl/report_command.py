@@ -18,6 +18,7 @@ Html = Annotated[
 Png = Annotated[Path | None, typer.Option("--png", metavar="FOLDER", help="Write the pictures for papers as PNG.")]
 Svg = Annotated[Path | None, typer.Option("--svg", metavar="FOLDER", help="Write the pictures for papers as SVG.")]
 
+TIMEOUT = 300.0  # seconds
 Timeout = Annotated[float, typer.Option("--timeout", min=0.001, help="With --sql: seconds after which to give up.")]
 CARE = "The store itself"
 Check = Annotated[
@@ -61,7 +62,7 @@ def report(
     as_csv: Annotated[bool, typer.Option("--csv", help="Comma-separated values on stdout.")] = False,
     as_md: Annotated[bool, typer.Option("--md", help="A Markdown table on stdout.")] = False,
     as_latex: Annotated[bool, typer.Option("--latex", help="A LaTeX table (booktabs) on stdout.")] = False,
-    timeout: Timeout = 300.0,
+    timeout: Timeout = TIMEOUT,
     check: Check = False,
     rebuild: Rebuild = False,
     merge_store: MergeStore = None,
@@ -72,12 +73,11 @@ def report(
     from mergectl import report as pages
 
     form = pages.choose_format(lab.terminal.as_json, as_csv, as_md, as_latex)
+    care = bool(check or rebuild or merge_store or export or import_)
     files = html is not None or png is not None or svg is not None
     _one_question(
         {
-            "--check, --rebuild, --merge-store, --export or --import": bool(
-                check or rebuild or merge_store or export or import_
-            ),
+            "--check, --rebuild, --merge-store, --export or --import": care,
             "--html, --png or --svg": files,
             "--sql": sql is not None,
             "--study": study is not None and not files,
@@ -85,11 +85,21 @@ def report(
             "a run": run is not None and not compare,
         }
     )
+    page = files or not (care or sql is not None or study is not None or compare or run is not None)
+    _no_idle(
+        {
+            "--timeout": (timeout != TIMEOUT, sql is not None, "--sql"),
+            "--split": (split != "report", page, "the leaderboard and for pages"),
+            "--suite": (suite is not None, page, "the leaderboard and for pages"),
+            "--study-storage": (study_storage is not None, files or study is not None, "--study and for pages"),
+            f"--{form}": (form not in ("table", "json"), not care, "answers and tables"),
+        }
+    )
     if files and form != "table":
         raise UserError(
             f"--html, --png and --svg write files; --{form} is for what goes to stdout. Ask for one of them."
         )
-    if check or rebuild or merge_store or export or import_:
+    if care:
         from mergectl.store_care import Care, take_care
 
         take_care(lab, Care(rebuild, check, merge_store, import_, export))
@@ -120,3 +130,10 @@ def _one_question(asked: Mapping[str, bool]) -> None:
     both = [name for name, given in asked.items() if given]
     if len(both) > 1:
         raise UserError(f"Ask for one thing at a time: {both[0]}, or {both[1]}.")
+
+
+def _no_idle(given: Mapping[str, tuple[bool, bool, str]]) -> None:
+    """Refuse an option that changes nothing: {option: (whether given, whether it has a meaning, what it is for)}."""
+    for option, (typed, meant, use) in given.items():
+        if typed and not meant:
+            raise UserError(f"{option} is for {use}. Leave it out.")

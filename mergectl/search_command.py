@@ -76,6 +76,7 @@ SearchSplit = Annotated[
 Endpoints = Annotated[
     bool, typer.Option("--include-endpoints", help="With random and qmc: begin with the low and the high ends.")
 ]
+WAIT = 60.0  # seconds
 Study = Annotated[str | None, typer.Option("--study", help="Name of the study; default: made from the question.")]
 
 
@@ -129,6 +130,8 @@ def search(
     from mergectl.settings import settings_of
     from mergectl.tuning import SearchJob
 
+    if allow_report and split != "report":
+        raise UserError(f"--allow-report is for --split report, and this search looks at '{split}'. Leave it out.")
     settings = settings_of(method)
     fixed = {
         name: parse_setting(settings[name], text) if name in settings else text
@@ -171,13 +174,18 @@ def join(
     study_storage: Storage = None,
     wait: Annotated[
         float, typer.Option("--wait", min=0, help="With --join: seconds without a leader after which to give up.")
-    ] = 60.0,
+    ] = WAIT,
 ) -> None:
     """Search a method's settings on `tune`, keep the best, score it once on `report`."""
     if study is None:
         if ctx.invoked_subcommand is None:
             print(ctx.get_help())
             raise typer.Exit(2)
+        if wait != WAIT:
+            raise UserError("--wait is for --join. Leave it out.")
+        if study_storage is not None:
+            where = f"mergectl search {ctx.invoked_subcommand} ... --study-storage {study_storage}"
+            raise UserError(f"Give --study-storage behind the method: {where}")
         return
     if ctx.invoked_subcommand is not None:
         raise UserError(f"--join takes everything from the study. Leave out '{ctx.invoked_subcommand}', or --join.")

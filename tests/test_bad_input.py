@@ -96,6 +96,40 @@ def test_a_setting_that_would_change_nothing_is_refused(
     assert sentence in err and f"leave {words[-2].removeprefix('--').replace('-', '_')} out." in err
 
 
+IDLE = {
+    "finetune digits/parity --base base --rank 16": "--rank has a meaning only with --peft lora.",
+    "finetune digits/parity --base base --peft ia3 --dropout 0.1": "--dropout has a meaning only with --peft lora.",
+    "finetune digits/parity --base base --grid alpha=1,2": "--alpha has a meaning only with --peft lora.",
+    "finetune digits/parity --base base --targets q,v": "--targets has a meaning only with --peft lora or --peft ia3.",
+    "finetune digits/parity --base base --warmup 0.1 --warmup-steps 3": "--warmup has a meaning only without",
+    "finetune digits/parity --base base --warmup 0.1 --scheduler constant": "with another --scheduler, such as",
+    "eval base --conflict --batch-size 8": "--conflict measures weights, not answers. Leave out --batch-size.",
+    "eval base --conflict --dtype bfloat16": "--conflict measures weights, not answers. Leave out --dtype.",
+    "report --timeout 3": "--timeout is for --sql. Leave it out.",
+    "report a-run --split tune": "--split is for the leaderboard and for pages. Leave it out.",
+    "report --study s --suite glue": "--suite is for the leaderboard and for pages. Leave it out.",
+    "report --study-storage there": "--study-storage is for --study and for pages. Leave it out.",
+    "report --check --csv": "--csv is for answers and tables. Leave it out.",
+    "run --list digits": "--list shows all pipelines. Leave out the rest.",
+    "run --dry-run": "--dry-run is for one pipeline. Name it: mergectl run NAME",
+    "run --set seed=1": "--set is for one pipeline. Name it: mergectl run NAME",
+    "run --again a-run --smoke": "--again takes everything from the run. Leave out the rest.",
+    "search --wait 3 ties --experts a b -o out": "--wait is for --join. Leave it out.",
+    "search --study-storage there ties --experts a b -o out": "Give --study-storage behind the method: mergectl search",
+    "search ties --experts a b -o out --allow-report": "--allow-report is for --split report, and this search looks at",
+}
+
+
+@pytest.mark.parametrize("line", IDLE)
+def test_an_option_that_would_change_nothing_is_refused(cli: Cli, capsys: Capture, line: str) -> None:
+    assert IDLE[line] in refused(cli, capsys, *line.split())
+
+
+def test_what_gives_an_option_its_meaning_may_stand_in_the_grid(cli: Cli, capsys: Capture) -> None:
+    words = ["finetune", "digits/parity", "--base", "nowhere", "--rank", "4", "--grid", "peft=none,lora"]
+    assert "nowhere" in refused(cli, capsys, *words)
+
+
 def test_a_value_of_the_wrong_type(cli: Cli, capsys: Capture, population: Path) -> None:
     err = refused(cli, capsys, "merge", "ties", "--density", "much", "--experts", population / "parity", "-o", "out")
     assert "density" in err and "much" in err
