@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,6 +43,16 @@ def divide_models(source: Source, task: Task, folders: Mapping[str, Path], refer
     return Division(population.base, branches, {ref: views[ref] for ref in references}, order)
 
 
+def untrained(source: Source, tasks: Sequence[Task], config: FinetuneConfig) -> Division:
+    """The start of all trainings in the place of every branch, for masks that ask only for names and shapes."""
+    ids = [task.id for task in tasks]
+    if config.peft != "none":
+        found = divide_adapters(source, tasks[0], config, {}, [])
+    else:
+        found = divide_models(source, tasks[0], {ids[0]: Path(str(source.folder))}, [])
+    return replace(found, branches=dict.fromkeys(ids, found.base))
+
+
 def _in_model_order(names: Sequence[str], source: Source, task: Task) -> list[str]:
     """Names as the model's parameters follow each other: files order them otherwise, and the draws depend on it."""
     from mergectl.models import empty_model, model_config
@@ -52,7 +62,7 @@ def _in_model_order(names: Sequence[str], source: Source, task: Task) -> list[st
     slots = live_tensors(model)
     place = {slot: number for number, slot in enumerate(slots)}
     found = {name: find_slot(name, slots, model.base_model_prefix) for name in names}
-    return sorted(names, key=lambda name: place.get(found[name] or "", len(place)))
+    return sorted((name for name in names if found[name]), key=lambda name: place[found[name] or ""])
 
 
 def divide_adapters(

@@ -56,7 +56,7 @@ def estimate(step: Mapping[str, Any], settings: Mapping[str, Any]) -> Estimate:
         copies = tasks * math.prod(len(values) for values in what.get("grid", {}).values())
         kept = copies * size * (1 + ADAPTER if what.get("peft", "none") != "none" else 1)
         rows = _rows(what)
-        if what.get("for") == "medusa":  # the short trainings are models, too
+        if what.get("for") == "medusa" and what.get("mask") != "half":  # the short trainings are models, too
             kept, rows = 2 * kept + copies * size / 32, rows + (what.get("prepass_epochs") or 1) * EPOCH_ROWS
         return Estimate(kept, 6 * weights * (what.get("max_length") or LENGTH) * rows * copies)
     if verb == "merge":

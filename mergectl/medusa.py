@@ -47,7 +47,9 @@ class MedusaJob:
         if self.prepass_percent is not None and not 0 < self.prepass_percent <= 100:
             raise UserError(f"prepass_percent must lie above 0 and at most be 100, got {self.prepass_percent:g}.")
         idle = [
-            name for name, given in (("top_k", self.top_k is not None), ("unowned", self.unowned != "freeze")) if given
+            name
+            for name in ("top_k", "unowned", "prepass_epochs", "prepass_percent")
+            if getattr(self, name) != getattr(type(self), name)
         ]
         if self.mask == "half" and idle:
             raise UserError(f"mask=half gives away whole rows, so {idle[0]} has no meaning beside it. Leave it out.")
@@ -91,12 +93,16 @@ def finetune_for_medusa(
     lab: Lab, words: Sequence[str], base: str, out: Path, options: Mapping[str, Any], job: MedusaJob,
     *, force: bool = False, reuse: bool = False,
 ) -> list[Result]:  # fmt: skip
-    """Train `out/prepass/<task>`, make `out/masks/<task>.safetensors`, then train `out/<task>` within the masks."""
+    """Train `out/prepass/<task>`, make `out/masks/<task>.safetensors`, then train `out/<task>` within the masks.
+
+    Masks that do not depend on what a task would change need no short trainings.
+    """
     work = _checked(lab, words, base, out, options, job)
-    short = {**options, **job.short}
     how: dict[str, Any] = {"force": force, "reuse": reuse, "again": True}
-    lab.terminal.say("Short trainings, which show what each task would change")
-    prepasses = finetune_experts(lab, words, base, out / "prepass", short, **how)
+    prepasses = []
+    if work.plan.asks_trainings:
+        lab.terminal.say("Short trainings, which show what each task would change")
+        prepasses = finetune_experts(lab, words, base, out / "prepass", {**options, **job.short}, **how)
     masked = _masks(lab, work, prepasses, force=force or reuse)
     lab.terminal.say("Trainings from the base again, each of what its task owns")
     results = finetune_experts(lab, words, base, out, options, masked=masked, **how)
@@ -169,8 +175,11 @@ def _make(
 
     place = work.out / "masks"
     with lab.start("masks", config, seed=work.plan.seed, name=f"masks-{work.plan.kind}", inputs=inputs) as run:
-        lab.terminal.say(f"Masks: dividing the model's elements among {', '.join(folders)}")
-        models = division.of(work.source, work.tasks[0], work.config, folders, work.references)
+        lab.terminal.say(f"Masks: dividing the model's elements among {', '.join(work.files)}")
+        if folders:
+            models = division.of(work.source, work.tasks[0], work.config, folders, work.references)
+        else:
+            models = division.untrained(work.source, work.tasks, work.config)
         found = make_masks(models.base, models.branches, models.references, work.plan, models.order)
         if not _lie_there(found, work.files):
             if place.exists() and not force:

@@ -37,6 +37,11 @@ class MaskPlan:
         if not 0 < self.top_k <= 100:
             raise UserError(f"top_k must lie above 0 and at most be 100, got {self.top_k:g}. It is a percentage kept.")
 
+    @property
+    def asks_trainings(self) -> bool:
+        """Whether the masks depend on what a short training of each task changes."""
+        return self.kind != "half"
+
     def check(self, branches: int, references: int) -> None:
         """Refuse numbers of branches and finished models that a kind has no use for."""
         if self.kind == "reference" and (branches != 1 or not references):

@@ -247,6 +247,22 @@ def test_adapters_own_their_parts(cli: Cli, population: Path, peft: str, part: s
             assert all((file[name][~own[name]] == start).all() for file, own in zip(files, masks, strict=True))
 
 
+@pytest.mark.parametrize("peft", ["none", "lora"])
+def test_halves_are_divided_without_short_trainings(
+    cli: Cli, capsys: Capture, population: Path, tmp_path: Path, peft: str
+) -> None:
+    words = [*PAIR, "--base", str(population / "base"), "--mask", "half", "--max-steps", "1", "--peft", peft]
+    assert cli(*words) == 0
+    assert not Path("runs/prepass").exists()
+    found = rows(cli, capsys, "select kind, count(*) as n from runs group by kind order by kind")
+    assert [(row["kind"], row["n"]) for row in found] == [("finetune", 2), ("masks", 1)]
+    masks = [dict(load_masks(Path(f"runs/masks/{task}.safetensors"))) for task in ("parity", "loop")]
+    assert masks[0].keys() == masks[1].keys()
+    if peft == "none":
+        assert set(masks[0]) == set(backbone(population / "base"))
+    assert all((one ^ masks[1][name]).all() for name, one in masks[0].items())  # all is owned, and by one
+
+
 WRONG: list[tuple[list[str], str]] = [
     (["--mask", "hard"], "--mask is for ownership masks. Add --for medusa."),
     (["--for", "medsua"], "got 'medsua'. Did you mean 'medusa'?"),
@@ -256,6 +272,8 @@ WRONG: list[tuple[list[str], str]] = [
     (["--for", "medusa", "--top-k", "0"], "top_k must lie above 0"),
     (["--for", "medusa", "--mask", "half", "--top-k", "50"], "so top_k has no meaning beside it"),
     (["--for", "medusa", "--mask", "half", "--unowned", "first"], "so unowned has no meaning beside it"),
+    (["--for", "medusa", "--mask", "half", "--prepass-epochs", "2"], "so prepass_epochs has no meaning beside it"),
+    (["--for", "medusa", "--mask", "half", "--prepass-percent", "30"], "so prepass_percent has no meaning beside it"),
     (["--for", "medusa", "--prepass-epochs", "0"], "epochs must be above 0"),
     (["--for", "medusa", "--prepass-percent", "0"], "prepass_percent must lie above 0"),
     (["--for", "medusa", "--prepass-percent", "30", "--prepass-epochs", "2"], "both say how long the short trainings"),
