@@ -46,6 +46,8 @@ class MedusaJob:
     def __post_init__(self) -> None:
         if self.prepass_percent is not None and not 0 < self.prepass_percent <= 100:
             raise UserError(f"prepass_percent must lie above 0 and at most be 100, got {self.prepass_percent:g}.")
+        if not 0 < self.prepass_epochs <= 10**6:
+            raise UserError(f"prepass_epochs must be above 0, got {self.prepass_epochs:g}.")
         idle = [
             name
             for name in ("top_k", "unowned", "prepass_epochs", "prepass_percent")
@@ -117,7 +119,6 @@ def _checked(lab: Lab, words: Sequence[str], base: str, out: Path, options: Mapp
     tasks, source = lab.tasks(words), base_source(lab, base)
     if source.weights is None or options.get("from_scratch"):
         raise UserError("Medusa divides the weights of a base, so it needs one that has weights. Train one first.")
-    FinetuneConfig(task="", base="", epochs=job.prepass_epochs)
     settings = [settled(task.id, source.config, options) for task in tasks]
     configs = [FinetuneConfig(task=task.id, base=str(source.folder), seed=lab.seed, **s)
                for task, s in zip(tasks, settings, strict=True)]  # fmt: skip

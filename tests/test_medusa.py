@@ -274,7 +274,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["--for", "medusa", "--mask", "half", "--unowned", "first"], "so unowned has no meaning beside it"),
     (["--for", "medusa", "--mask", "half", "--prepass-epochs", "2"], "so prepass_epochs has no meaning beside it"),
     (["--for", "medusa", "--mask", "half", "--prepass-percent", "30"], "so prepass_percent has no meaning beside it"),
-    (["--for", "medusa", "--prepass-epochs", "0"], "epochs must be above 0"),
+    (["--for", "medusa", "--prepass-epochs", "0"], "Error: prepass_epochs must be above 0, got 0."),
     (["--for", "medusa", "--prepass-percent", "0"], "prepass_percent must lie above 0"),
     (["--for", "medusa", "--prepass-percent", "30", "--prepass-epochs", "2"], "both say how long the short trainings"),
     (["--for", "medusa", "--unowned", "last"], "unowned must be one of freeze, first, got 'last'"),
