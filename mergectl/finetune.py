@@ -139,7 +139,10 @@ def _write(
 
     with artefacts.new_folder(out, force=force) as folder:
         if config.peft != "none":
-            model.peft_config["default"].base_model_name_or_path = config.base
+            base = Path(config.base)  # a folder in full, so that the adapter loads from anywhere; a hub id as it is
+            model.peft_config["default"].base_model_name_or_path = (
+                str(base.absolute()) if base.is_dir() else config.base
+            )
             model.save_pretrained(folder / "adapter")
             preparer.save(folder / "adapter")
             if begun:

@@ -263,6 +263,13 @@ def test_halves_are_divided_without_short_trainings(
     assert all((one ^ masks[1][name]).all() for name, one in masks[0].items())  # all is owned, and by one
 
 
+def test_an_adapter_names_its_base_so_that_it_loads_from_anywhere(cli: Cli, population: Path) -> None:
+    base = os.path.relpath(population / "base")
+    assert cli("finetune", "digits/parity", "--base", base, "--peft", "lora", "--max-steps", "1", *SHORT) == 0
+    told = json.loads(Path("runs/parity/adapter/adapter_config.json").read_text())["base_model_name_or_path"]
+    assert Path(told).is_absolute() and Path(told).samefile(population / "base")
+
+
 WRONG: list[tuple[list[str], str]] = [
     (["--mask", "hard"], "--mask is for ownership masks. Add --for medusa."),
     (["--for", "medsua"], "got 'medsua'. Did you mean 'medusa'?"),
