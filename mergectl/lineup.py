@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from mergectl.checkpoints import Checkpoint
 from mergectl.errors import UserError
 from mergectl.headers import FLOATING
-from mergectl.naming import OLD_SPELLINGS
+from mergectl.naming import common_names
 from mergectl.prefixes import DISTILLED, headed_prefix_of, prefixes
 from mergectl.reheading import HeadedModel
 from mergectl.tied import head_notes, repeated
@@ -87,7 +87,7 @@ def _blended(
 ) -> tuple[str, ...]:
     """Count the heads of experts that ask for it among the weights to merge; return their names."""
     asking = [task for task, expert in experts.items() if isinstance(expert, HeadedModel) and expert.blends]
-    own = [name for name in base.names if strip and not name.startswith(strip)]
+    own = [name for name in common_names(base.names, strip) if strip and not name.startswith(strip)]
     for task in asking:
         found = [name for name in own if name in heads[task]]
         if not found:
@@ -284,13 +284,7 @@ def _common(base: Checkpoint, strip: str, expert: Checkpoint, prefix: str, hidde
 
 def _common_names(checkpoint: Checkpoint, prefix: str, hidden: Hidden) -> dict[str, str]:
     """Own name -> the name without the prefix and in today's spelling."""
-    found = {own: own.removeprefix(prefix) for own in checkpoint.names if own not in hidden}
-    taken = set(found.values())
-    for own, name in found.items():
-        for old, new in OLD_SPELLINGS:
-            if name.endswith(old) and name.removesuffix(old) + new not in taken:
-                found[own] = name.removesuffix(old) + new
-    return found
+    return common_names([own for own in checkpoint.names if own not in hidden], prefix)
 
 
 def headed_prefix(checkpoint: Checkpoint) -> str:

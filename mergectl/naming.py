@@ -6,7 +6,7 @@ disk). Everything here speaks the names on disk, with or without the backbone's 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mergectl.errors import UserError
@@ -15,6 +15,28 @@ if TYPE_CHECKING:
     import torch
 
 OLD_SPELLINGS = ((".gamma", ".weight"), (".beta", ".bias"))  # LayerNorm in the first BERT checkpoints
+
+
+def common_names(names: Sequence[str], prefix: str) -> dict[str, str]:
+    """Own name -> the name without the prefix and in today's spelling.
+
+    What lies outside the prefix under the name of something inside it, a second `emb.weight`, has no common name.
+    """
+    inside = {own: own.removeprefix(prefix) for own in names if own.startswith(prefix)}
+    outside = {own: own for own in names if own not in inside}
+    within, beside = _in_todays_spelling(inside), _in_todays_spelling(outside)
+    taken = set(within.values())
+    found = within | {own: name for own, name in beside.items() if name not in taken}
+    return {own: found[own] for own in names if own in found}
+
+
+def _in_todays_spelling(names: Mapping[str, str]) -> dict[str, str]:
+    found, taken = dict(names), set(names.values())
+    for own, name in names.items():
+        for old, new in OLD_SPELLINGS:
+            if name.endswith(old) and name.removesuffix(old) + new not in taken:
+                found[own] = name.removesuffix(old) + new
+    return found
 
 
 def live_names(model: Any) -> dict[str, str]:

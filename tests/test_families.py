@@ -150,6 +150,18 @@ def test_experts_with_other_heads_share_the_backbone_in_any_order(turn: int, tmp
     )
 
 
+@pytest.mark.parametrize("twice", ["base", "expert"])
+def test_a_second_weight_of_one_name_outside_the_prefix_is_left_alone(twice: str, tmp_path: Path) -> None:
+    outer, name = torch.full((3, 3), 7.0), "embeddings.word_embeddings.weight"
+    base, bare = tiny.base(tmp_path / "base", "bert"), tiny.base(tmp_path / "bare", "bert")
+    prefixed = {f"bert.{own}": weight for own, weight in weights(base).items()} | {name: outer}
+    save_file(prefixed, (base if twice == "base" else bare) / "model.safetensors", metadata={"format": "pt"})
+    found = family(base, bare).population
+    inner = f"bert.{name}" if twice == "base" else name
+    assert found.base.own_name[name] == inner and set(found.base) == set(weights(tiny.base(tmp_path / "x", "bert")))
+    assert (found.carried, found.heads["bare"]) == (((name,), ()) if twice == "base" else ((), (name,)))
+
+
 def test_language_models_are_merged_whole(tmp_path: Path) -> None:
     base, *experts = (saved(tmp_path / name, "bert", "AutoModelForMaskedLM") for name in ("base", "one", "two12"))
     found = family(base, *experts).population
