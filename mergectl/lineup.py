@@ -14,7 +14,7 @@ from mergectl.checkpoints import Checkpoint
 from mergectl.errors import UserError
 from mergectl.headers import FLOATING
 from mergectl.naming import common_names
-from mergectl.prefixes import DISTILLED, headed_prefix_of, prefixes
+from mergectl.prefixes import DISTILLED, headed_prefix_of, prefixes, within_modules
 from mergectl.reheading import HeadedModel
 from mergectl.tied import head_notes, repeated
 from mergectl.views import TOKENS, Grown, Renamed, grown
@@ -69,7 +69,7 @@ def line_up(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> Population:
     notes += [f"'{n}' of the base repeats '{of}' and goes on to, as it is merged." for n, of in tied.items()]
     if hidden:
         notes.append("The text tower makes the heads of a CLIP model. No expert changes it: kept from the base.")
-    notes += [*_distilled_notes(heads), *head_notes(base, own_heads)]
+    notes += [*_distilled_notes(heads), *head_notes(base, own_heads), *_layer_notes(own_heads, views)]
     if lone := [n for n in carried if n not in shared.values() and n not in tied and n not in hidden]:
         notes.append(f"No expert has {_some(lone)}: kept from the base.")
     tied |= {shared[name]: of for name, of in twice.items()}
@@ -211,6 +211,12 @@ def _distilled_notes(heads: Mapping[str, Sequence[str]]) -> Iterator[str]:
     for task, names in heads.items():
         if odd := [name for name in names if DISTILLED.search(name)]:
             yield f"'{task}' holds projections of its distillation, {_some(odd)}: left out."
+
+
+def _layer_notes(heads: Mapping[str, Sequence[str]], views: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
+    for task, names in heads.items():
+        if odd := within_modules(names, views[task].values()):
+            yield f"The base has no {_some(odd)}, so '{task}' has them merged with none: kept in tasks/{task} alone."
 
 
 def _copies(model: Checkpoint, names: Sequence[str], merged: Renamed) -> dict[str, str]:

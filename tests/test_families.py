@@ -187,6 +187,23 @@ def test_a_weight_that_no_expert_has_is_carried(tmp_path: Path) -> None:
     assert family(base, one, two).population.carried == ("embeddings.LayerNorm.bias",)
 
 
+@pytest.mark.parametrize(
+    ("extra", "noted"),
+    [
+        ("bert.encoder.layer.0.gate", True),
+        ("bert.embeddings.word_embeddings.bias", True),
+        ("bert.embeddings.position_ids", False),
+        ("classifier.0.weight", False),
+    ],
+)
+def test_what_a_layer_of_the_base_lacks_is_kept_with_the_head_and_said(extra: str, noted: bool, tmp_path: Path) -> None:
+    base, one = tiny.base(tmp_path / "base", "bert"), tiny.expert(tmp_path / "one", "bert")
+    found = family(base, change(one, **{extra.replace(".", "__"): torch.ones(3)})).population
+    notes = [note for note in found.notes if extra in note]
+    assert extra in found.heads["one"] and bool(notes) is noted
+    assert notes == [note for note in notes if note.endswith("merged with none: kept in tasks/one alone.")]
+
+
 def test_whole_numbers_are_carried_from_the_base(cli: Cli, tmp_path: Path) -> None:
     places, others = torch.arange(40), torch.arange(40) + 1
     base = change(tiny.base(tmp_path / "base", "bert"), embeddings__position_ids=places)
