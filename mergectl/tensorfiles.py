@@ -75,6 +75,27 @@ class SafetensorsWriter:
 
     def write(self, name: str, tensor: torch.Tensor, start: int | None = None) -> None:
         """Write one weight, or its elements from `start` on, cast to the announced type; it must fit and be finite."""
+        dtype = self._announced(name, tensor, start)
+        tensor, finite = _cast(tensor, dtype)
+        if not finite:
+            raise UserError(
+                f"The merged '{name}' holds numbers that {WORD_TO_TORCH[self.dtypes[name]]} cannot hold. "
+                "Choose smaller settings or another --dtype."
+            )
+        self._put(name, tensor, start or 0)
+
+    def keep(self, name: str, tensor: torch.Tensor) -> None:
+        """Write a weight that no merge has made: what is infinite may be so, but nothing becomes so in another type."""
+        dtype = self._announced(name, tensor)
+        kept = tensor.detach().to("cpu", dtype).contiguous()
+        if kept.dtype != tensor.dtype and not is_finite(kept) and bool((tensor.isfinite() & kept.isinf()).any()):
+            raise UserError(
+                f"'{name}' holds numbers that {WORD_TO_TORCH[self.dtypes[name]]} cannot hold. Choose another --dtype."
+            )
+        self._put(name, kept, 0)
+
+    def _announced(self, name: str, tensor: torch.Tensor, start: int | None = None) -> torch.dtype:
+        """The type in which a weight is to be written; one that is not awaited, or not so, is refused."""
         import torch
 
         with self._lock:
@@ -85,15 +106,14 @@ class SafetensorsWriter:
             self.missing[name] = left - tensor.numel()
             if self.missing[name] == 0:
                 del self.missing[name]
-        dtype = getattr(torch, WORD_TO_TORCH[self.dtypes[name]])
-        tensor, finite = _cast(tensor, dtype)
-        if not finite:
-            raise UserError(
-                f"The merged '{name}' holds numbers that {WORD_TO_TORCH[self.dtypes[name]]} cannot hold. "
-                "Choose smaller settings or another --dtype."
-            )
+        dtype: torch.dtype = getattr(torch, WORD_TO_TORCH[self.dtypes[name]])
+        return dtype
+
+    def _put(self, name: str, tensor: torch.Tensor, start: int) -> None:
+        import torch
+
         data = (tensor if tensor.dim() == 1 else tensor.reshape(-1)).view(torch.uint8).numpy().data
-        write_all(self._file.fileno(), data, self._places[name][0] + (start or 0) * tensor.itemsize)
+        write_all(self._file.fileno(), data, self._places[name][0] + start * tensor.itemsize)
 
     def __enter__(self) -> SafetensorsWriter:
         return self
@@ -175,6 +195,10 @@ class ModelWriter:
     def write(self, name: str, tensor: torch.Tensor, start: int | None = None) -> None:
         """Write one weight, or its elements from `start` on, into its shard."""
         self._of[name].write(name, tensor, start)
+
+    def keep(self, name: str, tensor: torch.Tensor) -> None:
+        """Write one weight that no merge has made into its shard."""
+        self._of[name].keep(name, tensor)
 
     def __enter__(self) -> ModelWriter:
         return self

@@ -64,7 +64,7 @@ def write_shared(family: Family, stream: Stream, folder: Path, form: Form, progr
         for done, name in enumerate(stream.run(put), 1):
             progress(done, len(names), name)
         for own in (name for name in population.carried if name in shapes):
-            writer.write(own, base[own])
+            writer.keep(own, base[own])
     for task in family.experts:
         _write_head(family, task, folder / "tasks" / task, (stream.rescalers or {}).get(task), blended)
     artefacts.carry_files(folder, *_donors(family))
@@ -255,7 +255,7 @@ def write_one_task(task: str, family: Family, stream: Stream, folder: Path, form
             rest.difference_update(owns[name])
             progress(done, len(shapes), name)
         for own in sorted(rest):
-            writer.write(own, expert[own])
+            writer.keep(own, expert[own])
     artefacts.carry_files(folder, expert.folder)
     config = with_padding(typed(expert.config, form.dtype), [expert.config], folder)
     artefacts.add_json(folder / "config.json", config)

@@ -177,6 +177,30 @@ def test_a_result_that_does_not_fit_its_type_is_refused(
     assert not Path("m").exists()
 
 
+@pytest.mark.parametrize("dtype", ["auto", "float16", "bfloat16"])
+@pytest.mark.parametrize("export", [False, True])
+def test_infinities_of_a_weight_that_is_not_merged_stay(
+    cli: Cli, trio: tuple[Path, Path, Path], dtype: str, export: bool
+) -> None:
+    base, one, two = trio
+    mask, source = torch.tensor([[0.0, -torch.inf], [torch.nan, 1.5]]), one if export else base
+    save_file(weights(source) | {"mask": mask}, source / "model.safetensors", metadata={"format": "pt"})
+    assert cli("merge", "average", *words(base, one, two), "--dtype", dtype, *(["--export", "one"] * export)) == 0
+    kept = weights(Path("m"))["mask"]
+    assert str(kept.dtype) == f"torch.{'float32' if dtype == 'auto' else dtype}"
+    assert torch.equal(kept.float().nan_to_num(9.0), mask.nan_to_num(9.0))
+
+
+def test_a_weight_that_is_not_merged_and_does_not_fit_another_type_is_refused(
+    cli: Cli, capsys: Capture, trio: tuple[Path, Path, Path]
+) -> None:
+    base, one, two = trio
+    mask = torch.tensor([-torch.inf, -3e38])
+    save_file(weights(base) | {"mask": mask}, base / "model.safetensors", metadata={"format": "pt"})
+    assert cli("merge", "average", *words(base, one, two), "--dtype", "float16") == 2
+    assert "'mask' holds numbers that float16 cannot hold. Choose another --dtype." in capsys.readouterr().err
+
+
 def test_tied_weights_stay_tied(cli: Cli, tmp_path: Path) -> None:
     base, one, two = (llama(tmp_path / name, seed, tied=True) for seed, name in enumerate(("base", "one", "two")))
     assert cli("merge", "average", *words(base, one, two)) == 0
