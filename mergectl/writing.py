@@ -256,7 +256,7 @@ def write_one_task(task: str, family: Family, stream: Stream, folder: Path, form
             progress(done, len(shapes), name)
         for own in sorted(rest):
             writer.keep(own, expert[own])
-    artefacts.carry_files(folder, expert.folder)
+    artefacts.carry_files(folder, expert.folder, family.base.folder)
     config = with_padding(typed(expert.config, form.dtype), [expert.config], folder)
     artefacts.add_json(folder / "config.json", config)
 

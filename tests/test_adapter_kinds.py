@@ -155,3 +155,10 @@ def test_the_base_is_of_the_revision_that_the_adapter_names(
 
     AdapterCheckpoint(tmp_path / "adapter", "adapter", opened)
     assert found == [asked]
+
+
+def test_an_exported_adapter_has_the_tokenizer_of_its_base(cli: Cli, tmp_path: Path) -> None:
+    make(tmp_path, CASES["a backbone's names on a whole model"])
+    (tmp_path / "base/tokenizer.json").write_text("{}")
+    assert cli("merge", "average", "--base", "base", "--experts", "one=adapter", "-o", "m", "--export", "one") == 0
+    assert Path("m/tokenizer.json").exists()
