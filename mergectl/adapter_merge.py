@@ -122,6 +122,7 @@ def _write(
             shutil.copyfile(first.folder / START, folder / START)  # so that the result may be merged in its turn
         output = {"dtype": job.dtype, "export": None, "shard_bytes": job.shard_bytes, "adapter": told["peft_type"]}
         write_records(described(job.recipe), output, family, folder, facts)
+        family.check_unchanged()
 
 
 def making(adapter: bool, rank: int | None, mode: str | None, others: Sequence[str]) -> Callable[..., Result] | None:

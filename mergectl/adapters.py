@@ -155,6 +155,11 @@ class AdapterCheckpoint(Checkpoint):
         """The files that hold the adapter's weights and its base's."""
         return [self._adapter.path, *self.base.files]
 
+    def check_unchanged(self) -> None:
+        """Refuse files of weights that are others now than when their headers were read."""
+        self._adapter.check_unchanged()
+        self.base.check_unchanged()
+
     @cached_property
     def _names(self) -> dict[str, str | None]:
         """Every weight's name -> the base's name, or None for what the adapter itself holds."""

@@ -80,7 +80,7 @@ class BlockReader:
     def __init__(self, weights: Any) -> None:
         self.weights = weights
         self._files: dict[Path, mmap.mmap] = {}
-        self._found: dict[str, tuple[Array, torch.dtype] | None] = {}
+        self._found: dict[str, tuple[Array, torch.dtype, Path, int] | None] = {}
         self._lock = threading.Lock()
 
     def read(self, block: Block) -> torch.Tensor:
@@ -94,13 +94,19 @@ class BlockReader:
         if found is None:
             whole: torch.Tensor = self.weights[block.weight].detach().reshape(-1)
             return whole[block.start : block.stop].view(block.shape)
+        numbers, dtype, path, end = found
+        self._check_length(path, end, block.weight)  # what is not there any more ends the process when it is touched
         # Cut by NumPy: every operation of torch hands the interpreter to the other threads, and waits to have it back.
-        numbers, dtype = found
         part = numbers[block.start : block.stop]
         lent = torch.from_numpy((part if part.flags.aligned else part.copy()).reshape(block.shape))
         return lent if lent.dtype == dtype else lent.view(dtype)
 
-    def _find(self, weight: str) -> tuple[Array, torch.dtype] | None:
+    def _check_length(self, path: Path, end: int, weight: str) -> None:
+        """Refuse a file that ends before the weight does; its mapping can tell the size of the file now."""
+        if end > self._files[path].size():
+            raise UserError(f"{path} became shorter while weight '{weight}' was read.")
+
+    def _find(self, weight: str) -> tuple[Array, torch.dtype, Path, int] | None:
         import numpy as np
         import torch
 
@@ -115,7 +121,7 @@ class BlockReader:
             raise UserError(f"{path} became shorter while weight '{weight}' was read.")
         word = self.weights.dtype(weight)
         raw = np.frombuffer(self._files[path], np.uint8, nbytes, first)
-        return raw.view(NUMBERS[word]), getattr(torch, WORD_TO_TORCH[word])
+        return raw.view(NUMBERS[word]), getattr(torch, WORD_TO_TORCH[word]), path, first + nbytes
 
     def close(self) -> None:
         """Forget the files; they are closed with the last block that was lent."""

@@ -58,6 +58,11 @@ class Family:
         """Task id -> the expert whose head answers it: of several experts for one task, the first by name."""
         return _answering(self.task_ids)
 
+    def check_unchanged(self) -> None:
+        """Refuse models whose files are others now than when they were opened."""
+        for model in (self.base, *self.experts.values()):
+            model.check_unchanged()
+
 
 def named(items: Sequence[str] | Mapping[str, str]) -> tuple[tuple[str | None, str], ...]:
     """Experts as (task or None, model): from a list of `model` or `task=model`, or a mapping."""

@@ -72,6 +72,7 @@ def merge(
                 write_shared(family, stream, folder, form, progress)
             else:
                 write_one_task(job.export, family, stream, folder, form, progress)
+            family.check_unchanged()
         with ThreadPoolExecutor(1) as disk:  # the disk takes the weights while their digest is computed
             saved = disk.submit(artefacts.sync_all, folder)
             digest = Checkpoint(folder, str(out)).digest

@@ -108,6 +108,11 @@ class Stacked(Checkpoint):
         model, own = self._places[name]
         return model.where(own)
 
+    def check_unchanged(self) -> None:
+        """Refuse files of weights that are others now than when their headers were read."""
+        for model in self.models.values():
+            model.check_unchanged()
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 over the models' digests and which layers are taken, not over where the models lie."""

@@ -90,6 +90,11 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         entry = file.header[name]
         return None if entry.start < 0 else (file.path, entry.start, entry.nbytes)
 
+    def check_unchanged(self) -> None:
+        """Refuse files of weights that are others now than when their headers were read."""
+        for file in {file.path: file for file in self._file_of.values()}.values():
+            file.check_unchanged()
+
     @cached_property
     def digest(self) -> str:
         """Digest of everything that decides what the model computes: weights, heads, masks, config."""
@@ -162,6 +167,10 @@ class Derived(Checkpoint):
         """The file, first byte and number of bytes of a weight; None where no file holds it as it is."""
         return self.model.where(name)
 
+    def check_unchanged(self) -> None:
+        """Refuse files of weights that are others now than when their headers were read."""
+        self.model.check_unchanged()
+
     @property
     def label(self) -> str:
         """The model's name."""
@@ -172,9 +181,23 @@ class WeightFile:
     """One weight file: its header at once, its tensors on demand."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self._seen = path, _state(path)
         opened = _open_pickled(path) if path.suffix in (".bin", ".pt") else _open_safetensors(path)
         self.header, self.read = opened
+
+    def check_unchanged(self) -> None:
+        """Refuse a file that is written to, or another one of the same name, since its header was read."""
+        if self._seen != _state(self.path):
+            raise UserError(f"{self.path} changed while it was merged. Merge again when nothing writes to it.")
+
+
+def _state(path: Path) -> tuple[int, int, int] | None:
+    """What changes when a file is written to or replaced; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 _Opened = tuple[dict[str, Entry], "Callable[[str], torch.Tensor]"]

@@ -270,16 +270,36 @@ def test_every_weight_of_every_input_is_accounted_for(population: Path, tmp_path
 # Writing
 
 
-def merged(population: Path, out: Path, **facts: Any) -> str:
+def merged(population: Path, out: Path, progress: Any = lambda *_: None, **facts: Any) -> str:
     """Merge two experts by the function that the command calls."""
     experts = (("parity", str(population / "parity")), ("loop", str(population / "loop")))
     family = open_family(str(population / "base"), experts)
     job = MergeJob(recipe_of(facts.pop("method", "average"), {}, [], 0), experts, str(population / "base"), **facts)
-    return merge(job, family, out, facts={}, force=True, progress=lambda *_: None)
+    return merge(job, family, out, facts={}, force=True, progress=progress)
 
 
 def beside(out: Path) -> list[str]:
     return sorted(path.name for path in out.parent.iterdir())
+
+
+@pytest.mark.parametrize("who", ["base", "parity"])
+@pytest.mark.parametrize("way", ["replaced", "written to"])
+def test_a_model_that_changes_while_it_is_merged_leaves_no_result(
+    population: Path, tmp_path: Path, way: str, who: str
+) -> None:
+    own = shutil.copytree(population, tmp_path / "own")
+    file = own / who / "model.safetensors"
+
+    def change(*_: Any) -> None:
+        if way == "replaced":
+            shutil.copy2(file, file.with_name("new"))
+            file.with_name("new").replace(file)
+        else:
+            file.touch()
+
+    with pytest.raises(UserError, match=f"{who}/model.safetensors changed while it was merged. Merge again when"):
+        merged(own, tmp_path / "m", lambda done, total, _: change() if done == total else None)
+    assert beside(tmp_path / "m") == ["own"]
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])

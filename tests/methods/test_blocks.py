@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergectl import blocks, merge_weights, settings
+from mergectl.errors import UserError
 from mergectl.methods import _kth, _task_vectors
 from tests.methods import families
 
@@ -151,6 +153,16 @@ class Unaligned(dict[str, torch.Tensor]):
 
     def dtype(self, name: str) -> str:
         return "F32"
+
+
+def test_a_file_that_became_shorter_is_told_between_two_blocks(tmp_path: Path) -> None:
+    weights = Unaligned(tmp_path, torch.arange(float(1 << 20)))
+    reader = blocks.BlockReader(weights)
+    first, last = (blocks.Block("w", start, start + (1 << 18), (1 << 18,)) for start in (0, 3 << 18))
+    assert reader.read(first)[1] == 1
+    os.truncate(weights.path, 1 << 20)
+    with pytest.raises(UserError, match="became shorter while weight 'w' was read"):
+        reader.read(last)
 
 
 def test_of_an_unaligned_weight_no_more_is_copied_than_a_block(tmp_path: Path) -> None:
