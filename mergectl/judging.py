@@ -206,6 +206,25 @@ class Judge:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """A judge that also counts how much a merge changes."""
+
+    judge: Judge
+
+    def __call__(self, settings: dict[str, Any]) -> Verdict:
+        """Score the settings, and count the bytes of the weights that now differ from the base."""
+        verdict = self.judge(settings)
+        base, live = self.judge.base or {}, self.judge.live
+        changed = 0
+        for name, weight in base.items():
+            slot = live.slot(name)
+            if slot is not None:
+                now = live.backbone[slot]
+                changed += int((now != weight.to(now)).sum()) * now.element_size()
+        return replace(verdict, size=float(changed))
+
+
+@dataclass(frozen=True)
 class Sheet:
     """A bench with the order in which its batches are visited."""
 

@@ -129,6 +129,16 @@ def check_supplies(info: settings.MethodInfo, wanted: Mapping[str, bool], given:
             raise UserError(f"Method '{info.name}' needs '{name}' ({SUPPLIES[name]}), and none was given.")
 
 
+def check_base(method: str, steps: Sequence[Step], has_base: bool) -> None:
+    """Refuse a merge whose steps are about a base, and that has none."""
+    wanted = {key for step in steps for key, must in settings.describe(step.name).supplies.items() if must}
+    if not has_base and (len(steps) > 1 or wanted & {"task_vectors", "base"}):
+        raise UserError(
+            f"Method '{method}' needs the base that the experts came from, and none was given. "
+            "Add it: --base MODEL, in Python the argument `base`."
+        )
+
+
 def generators(seed: int, stream: int) -> Rng:
     """Return the function that gives each task's weight its own seeded generator."""
 

@@ -12,12 +12,11 @@ from mergectl import __version__
 from mergectl.checkpoints import Checkpoint
 from mergectl.errors import UserError
 from mergectl.families import Family, open_family
-from mergectl.judging import Judge
+from mergectl.judging import Judge, Measured
 from mergectl.lab import Lab
 from mergectl.merge import MergeJob
-from mergectl.plan import Recipe
+from mergectl.plan import Recipe, check_base, steps_of
 from mergectl.preprocess import check_inputs
-from mergectl.pruning import Verdict
 from mergectl.range_ends import check_ends
 from mergectl.refs import Ref, Stack, ref_of
 from mergectl.reheading import HeadedModel
@@ -141,25 +140,6 @@ class Prepared:
         return Measured(judge) if "size" in self.plan.objectives else judge
 
 
-@dataclass(frozen=True)
-class Measured:
-    """A judge that also counts how much a merge changes."""
-
-    judge: Judge
-
-    def __call__(self, settings: dict[str, Any]) -> Verdict:
-        """Score the settings, and count the bytes of the weights that now differ from the base."""
-        verdict = self.judge(settings)
-        base, live = self.judge.base or {}, self.judge.live
-        changed = 0
-        for name, weight in base.items():
-            slot = live.slot(name)
-            if slot is not None:
-                now = live.backbone[slot]
-                changed += int((now != weight.to(now)).sum()) * now.element_size()
-        return replace(verdict, size=float(changed))
-
-
 def prepare(lab: Lab, job: SearchJob) -> Prepared:
     """Open the models' headers and check everything that can be checked before weights are read."""
     check_sampler(job.sampler)
@@ -171,6 +151,7 @@ def prepare(lab: Lab, job: SearchJob) -> Prepared:
         )
     info = describe(job.merge.recipe.method)
     family = open_family(job.merge.base, job.merge.experts, lab.find_run)
+    check_base(info.name, steps_of(job.merge.recipe, list(family.experts)), family.has_base)
     options = settled_options(job.merge.recipe, family, job.merge.options)
     job = replace(job, merge=replace(job.merge, options=options))
     fixed = dict(job.merge.recipe.settings)

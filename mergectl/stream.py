@@ -17,6 +17,7 @@ from mergectl.plan import (
     GIVEN,
     Recipe,
     Step,
+    check_base,
     check_experts,
     check_supplies,
     generators,
@@ -72,8 +73,7 @@ class Stream:
         self.wanted = {key: must for step in self.steps for key, must in settings.describe(step.name).supplies.items()}
         check_experts(self.info, len(experts))
         check_supplies(self.info, self.wanted, supplies)
-        if base is None and (len(self.steps) > 1 or self.wanted.get("task_vectors") or self.wanted.get("base")):
-            raise UserError(f"Method '{self.info.name}' needs the base that the experts came from, and none was given.")
+        check_base(self.info.name, self.steps, base is not None)
 
     def __iter__(self) -> Iterator[Piece]:
         """Merge weight by weight; every piece is a whole weight, and its own."""

@@ -36,12 +36,13 @@ def merge_models(lab: Lab, job: MergeJob, out: Path, *, force: bool = False, reu
     """Merge experts into the folder `out`; with `reuse`, not again if a finished run did exactly this."""
     from mergectl import artefacts
     from mergectl.merge import merge
-    from mergectl.plan import check_beforehand
+    from mergectl.plan import check_base, check_beforehand, steps_of
 
     check_beforehand(job.recipe, [task for task, _ in job.experts])
     artefacts.check_free(out, force or reuse)
     family = open_family(job.base, job.experts, lab.find_run)
     recipe, given = checked(job.recipe, list(family.experts)), dict(job.recipe.settings)
+    check_base(recipe.method, steps_of(recipe, list(family.experts)), family.has_base)
     job = replace(job, recipe=recipe, options=settled_options(recipe, family, job.options))
     config = merge_config(job, family, recipe) | options_config(lab, job, family)
     if reuse and (done := lab.done("merge", config, recipe.seed, out)):

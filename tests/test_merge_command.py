@@ -243,6 +243,19 @@ def test_a_merge_without_a_base_needs_none(cli: Cli, population: Path, tmp_path:
     assert not any(name.startswith("classifier") for name in tiny.weights(Path("m")))
 
 
+@pytest.mark.parametrize("words", [["merge", "adarank"], ["search", "ties"]])
+def test_a_missing_base_is_told_before_any_work(
+    cli: Cli, population: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    for task in ("parity", "loop"):
+        tiny.change(population / task, tmp_path / "stray" / task, lambda w: w)
+        (tmp_path / "stray" / task / "mergectl.json").unlink()
+    experts = [f"digits/{task}={tmp_path / 'stray' / task}" for task in ("parity", "loop")]
+    assert cli(*words, "--experts", *experts, "-o", "m") == 2
+    assert "needs the base that the experts came from, and none was given. Add it: --base" in capsys.readouterr().err
+    assert not Path("lab/mergectl.duckdb").exists()  # no run was begun
+
+
 def test_a_killed_merge_leaves_nothing_and_the_next_cleans_up(cli: Cli, population: Path) -> None:
     stale = Path(".m.tmp-999999999")
     stale.mkdir()

@@ -335,7 +335,7 @@ def test_a_method_that_needs_the_base_says_so(method: str) -> None:
     _, experts = family(expert_count(method))
     info = settings.describe(method)
     if info.supplies.get("task_vectors") or info.supplies.get("base") or info.refine:
-        with pytest.raises(UserError, match="needs the base"):
+        with pytest.raises(UserError, match=r"needs the base .* Add it: --base MODEL, in Python the argument `base`\."):
             merge_weights(method, None, experts)
     else:
         assert list(merge_weights(method, None, experts)) == list(SHAPES)
