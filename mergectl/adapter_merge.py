@@ -19,7 +19,7 @@ from mergectl.families import Family, open_family
 from mergectl.lab import Lab, versions
 from mergectl.merge import MergeJob, checked, described
 from mergectl.supplies import asked_by
-from mergectl.verbs import Result, merge_config, record_inputs, record_model, spare_inputs
+from mergectl.verbs import Check, Result, merge_config, record_inputs, record_model, spare_inputs
 
 if TYPE_CHECKING:
     import torch
@@ -30,10 +30,12 @@ MEASURED = {"fishers": "Fisher information", "grams": "second moments of inputs"
 
 def merge_adapters(
     lab: Lab, job: MergeJob, out: Path, rank: int | None, mode: str | None = None,
-    *, force: bool = False, reuse: bool = False,
+    *, force: bool = False, reuse: bool = False, check: Check | None = None,
 ) -> Result:  # fmt: skip
     """Merge adapters of one base into the adapter folder `out`; with `reuse`, not again if a finished run did this."""
     family = open_family(job.base, job.experts, lab.find_run)
+    if check is not None:
+        check(family)
     recipe = checked(job.recipe, list(family.experts))
     if measured := [name for name in asked_by(recipe, family) if name in MEASURED]:
         raise UserError(

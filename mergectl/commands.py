@@ -6,6 +6,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -181,7 +182,8 @@ def _merge(
     assert target.out is not None
     scoring = scoring or Scoring()
     scoring.check(lab)
-    result = (make or merge_models)(lab, job, target.out, force=target.force) | target.finish()
+    check = partial(scoring.check_models, lab, export)
+    result = (make or merge_models)(lab, job, target.out, force=target.force, check=check) | target.finish()
     scores = scoring.finish(lab, result)
     lines = [f"{result['out']}  (run {result['run']})", *shown(scores)]
     lab.terminal.give(result | scores, lambda: print("\n".join(lines)))

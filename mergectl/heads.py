@@ -116,6 +116,20 @@ def _one_kind(tasks: Sequence[Task]) -> None:
         )
 
 
+def check_answered(model: Source, tasks: Sequence[Task], heads: Sequence[str]) -> None:
+    """Refuse tasks that a merge could not answer: in the form of this model, with the heads of these tasks."""
+    _one_kind(tasks)
+    for task in tasks:
+        if task.kind == "image_classification" and clip.is_zero_shot(model.config):
+            continue  # its texts make a head of any labels
+        model_config(model, task)
+        if task.kind != "text_to_text" and not any(answers(head, task) for head in heads):
+            raise UserError(
+                f"The merge would have no head for {task.id}, only for {', '.join(heads)}. Leave it out, or add an "
+                f"expert that has one: mergectl finetune {task.id}"
+            )
+
+
 def add_heads(
     live: LiveModel, source: Source, tasks: Sequence[Task], given: Mapping[str, str | Path | Checkpoint]
 ) -> None:

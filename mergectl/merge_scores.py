@@ -14,6 +14,7 @@ from mergectl.tasks import check_split
 
 if TYPE_CHECKING:
     from mergectl.evaluate import Evaluation
+    from mergectl.families import Family
 
 
 class Scoring(NamedTuple):
@@ -29,6 +30,16 @@ class Scoring(NamedTuple):
         if self.file is not None and (self.file.is_dir() or not self.file.absolute().parent.is_dir()):
             raise UserError(f"{self.file} cannot be written: it is a folder, or lies in none.")
         check_split(lab.tasks(self.words), "report")
+
+    def check_models(self, lab: Lab, export: str | None, family: Family) -> None:
+        """Refuse tasks that a merge of these models could not answer."""
+        from mergectl.heads import check_answered
+        from mergectl.models import open_source
+
+        if self.words and (export is None or export in family.experts):
+            model = family.base if export is None else family.experts[export]
+            heads = [task for name, task in family.task_ids.items() if export in (None, name)]
+            check_answered(open_source(model), lab.tasks(self.words), heads)
 
     def finish(self, lab: Lab, result: Mapping[str, Any]) -> dict[str, Any]:
         """Score the merged folder, if asked to; return what there is to say about it."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from mergectl import __version__
 from mergectl.checkpoints import open_checkpoint
@@ -29,11 +29,17 @@ if TYPE_CHECKING:
     from mergectl.store import Run
 
 Result = dict[str, Any]
+Check: TypeAlias = Callable[[Family], None]
 REFS = ("ref", "layers", "model", "tokens", "head")  # of a model in a record: where it lies, and what its digest says
 
 
-def merge_models(lab: Lab, job: MergeJob, out: Path, *, force: bool = False, reuse: bool = False) -> Result:
-    """Merge experts into the folder `out`; with `reuse`, not again if a finished run did exactly this."""
+def merge_models(
+    lab: Lab, job: MergeJob, out: Path, *, force: bool = False, reuse: bool = False, check: Check | None = None,
+) -> Result:  # fmt: skip
+    """Merge experts into the folder `out`; with `reuse`, not again if a finished run did exactly this.
+
+    `check` may refuse the models, once they are opened.
+    """
     from mergectl import artefacts
     from mergectl.merge import merge
     from mergectl.plan import check_base, check_beforehand, steps_of
@@ -43,6 +49,8 @@ def merge_models(lab: Lab, job: MergeJob, out: Path, *, force: bool = False, reu
     family = open_family(job.base, job.experts, lab.find_run)
     recipe, given = checked(job.recipe, list(family.experts)), dict(job.recipe.settings)
     check_base(recipe.method, steps_of(recipe, list(family.experts)), family.has_base)
+    if check is not None:
+        check(family)
     job = replace(job, recipe=recipe, options=settled_options(recipe, family, job.options))
     config = merge_config(job, family, recipe) | options_config(lab, job, family)
     if reuse and (done := lab.done("merge", config, recipe.seed, out)):

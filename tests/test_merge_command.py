@@ -316,6 +316,11 @@ def test_the_scores_of_a_merge_are_printed_with_their_mean_and_their_run() -> No
         (["--out-file", "log.txt"], "--out-file is for scores. Say of which tasks: --eval suite/task"),
         (["--eval", "digits/loop", "--out-file", "nowhere/log.txt"], "nowhere/log.txt cannot be written"),
         (["--eval", "digits/lop"], "No task 'lop' in suite 'digits'. Did you mean 'loop'?"),
+        (["--eval", "glue/rte"], "glue/rte is made of texts, but"),
+        (["--eval", "glue-t5/rte"], "glue-t5/rte is answered in words, but"),
+        (["--eval", "digits/loop", "glue/rte"], "No model reads both images (digits/loop) and texts (glue/rte)."),
+        (["--eval", "digits/digit"], "no head for digits/digit, only for digits/parity, digits/loop. Leave it out"),
+        (["--eval", "digits/loop", "--export", "parity"], "no head for digits/loop, only for digits/parity."),
     ],
 )
 def test_what_cannot_be_scored_is_told_before_the_merge(
@@ -325,6 +330,7 @@ def test_what_cannot_be_scored_is_told_before_the_merge(
     assert cli("merge", "average", *experts, "-o", "m", *words) == 2
     assert sentence in capsys.readouterr().err
     assert not Path("m").exists()
+    assert not Path("lab/mergectl.duckdb").exists()  # no run was begun
 
 
 LEGACY = {
