@@ -2,6 +2,9 @@
 
     python -m tests.perf.memory [--small] [--methods ties emr ...] [--sizes 4 12]
 
+All methods that work block by block are measured, if none is named; those that decompose whole matrices are not among
+them.
+
 The checkpoints are sparse files: of every weight a share is random, the rest is a hole that reads as zeros. The bound
 is 512 MiB and twice the largest weight as it is stored, interpreter and libraries included, page cache not. The exit
 code is 1 where a method goes beyond it.
@@ -18,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mergectl import settings
+from mergectl.plan import recipe_of, steps_of
 from tests.perf.checkpoints import drop, largest_weight, population, sparse_population
 from tests.perf.processes import known, measure
 
@@ -26,13 +30,18 @@ OFFERED = {"task_vectors", "experts", "base", "rng"}  # what a merge of files al
 
 
 def streaming() -> list[str]:
-    """The methods that need nothing but checkpoints."""
+    """The methods that need nothing but checkpoints, and of these no more than a block at a time."""
     found = []
     for name in settings.names():
         steps = [settings.describe(word) for word in (name, *settings.describe(name).refine)]
-        if all({key for key, must in step.supplies.items() if must} <= OFFERED for step in steps):
+        if all({key for key, must in step.supplies.items() if must} <= OFFERED for step in steps) and in_blocks(name):
             found.append(name)
     return found
+
+
+def in_blocks(name: str) -> bool:
+    """Say whether a method as it is by default takes blocks in all its steps; one that decomposes matrices does not."""
+    return all(settings.blocks_of(step.name, step.settings) for step in steps_of(recipe_of(name), ["a", "b"]))
 
 
 def peaks(methods: Sequence[str], home: Path, gigabytes: float, args: argparse.Namespace) -> dict[str, float]:
@@ -62,7 +71,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=float, nargs="*", help="gigabytes of base and experts together")
     parser.add_argument("--filled", type=float, default=0.3, help="share of every weight that is not zero")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--methods", nargs="*", help="all that need nothing but checkpoints, if left out")
+    parser.add_argument("--methods", nargs="*", help="all that work block by block, if left out")
     args = parser.parse_args()
     sizes = args.sizes or ([0.4, 1.2] if args.small else [4, 12])
     args.folder.mkdir(parents=True, exist_ok=True)
