@@ -110,12 +110,16 @@ class Inputs:
 
     def base_weight(self, name: str) -> torch.Tensor:
         """Read one weight of the base."""
-
         if getattr(self._last, "name", None) != name:
             assert self.base is not None
-            self._last.weight = _wide(self._get(self.base, name))
-            self._last.name = name
+            self._keep_base(name, self._get(self.base, name))
         weight: torch.Tensor = self._last.weight
+        return weight
+
+    def _keep_base(self, name: str, stored: torch.Tensor) -> torch.Tensor:
+        """Keep a weight of the base, as it is stored, for this thread's next question."""
+        weight = _wide(stored)
+        self._last.weight, self._last.name = weight, name
         return weight
 
     def weights(self, name: str) -> torch.Tensor:
@@ -153,39 +157,44 @@ class Inputs:
 
     def deltas(self, name: str) -> torch.Tensor:
         """Read one weight of all task vectors in float32: [task, *shape]."""
-        result = self._deltas(name)
+        result = self._deltas(name, *self._all(name))
         self._check(name, result, result)
         return result
 
     def lent_deltas(self, name: str) -> Sequence[torch.Tensor] | torch.Tensor:
         """Do what `deltas` does, without a copy where that can be, and leave the check to `check_result`."""
-        from mergectl.methods._stored import Stored
+        from mergectl.methods import _stored
 
-        bits = self._bits(name)
-        result = self._deltas(name) if bits is None else Stored(bits[1:], self.shapes[name], bits[0])
+        stored = self._all(name)
+        bits = _stored.bits(stored)
+        result = self._deltas(name, *stored) if bits is None else _stored.Stored(bits[1:], self.shapes[name], bits[0])
         self._note_changed(result)
         self._unchecked.add(name)
         return result
 
-    def _deltas(self, name: str) -> torch.Tensor:
+    def _all(self, name: str) -> list[torch.Tensor]:
+        """Read one weight of the base and of all experts as it is stored."""
+        assert self.base is not None
+        return [self._get(model, name) for model in (self.base, *self.experts.values())]
+
+    def _deltas(self, name: str, below: torch.Tensor, *rows: torch.Tensor) -> torch.Tensor:
         import torch
 
         from mergectl.methods import _stored
 
         result = self.room("deltas", (len(self.tasks), *self.shapes[name]), torch.float32, self.device)
-        if (bits := self._bits(name)) is not None:
-            for delta, row in zip(result, bits[1:], strict=True):
-                _stored.subtract(row, bits[0], delta)
+        if (bits := _stored.bits([below, *rows])) is not None:
+            for delta, own in zip(result, bits[1:], strict=True):
+                _stored.subtract(own, bits[0], delta)
             return result
-        base = self.base_weight(name)
-        for delta, expert in zip(result, self.experts.values(), strict=True):
-            stored = self._get(expert, name)
-            if stored.dtype == base.dtype == torch.float32:
-                torch.sub(stored, base, out=delta)
-            elif stored.dtype == torch.float64 or base.dtype == torch.float64:
-                delta.copy_(stored.double() - base)
+        base = self._keep_base(name, below)
+        for delta, row in zip(result, rows, strict=True):
+            if row.dtype == base.dtype == torch.float32:
+                torch.sub(row, base, out=delta)
+            elif row.dtype == torch.float64 or base.dtype == torch.float64:
+                delta.copy_(row.double() - base)
             else:
-                delta.copy_(stored).sub_(base)
+                delta.copy_(row).sub_(base)
         return result
 
     def some_deltas(self, name: str, step: int) -> Array:
@@ -201,13 +210,6 @@ class Inputs:
         found: Array = torch.stack([(row - base).float() for row in rows]).numpy()
         return found
 
-    def _bits(self, name: str) -> list[Array] | None:
-        """Return the bits of the base's row and of the experts', where the loops on these can serve."""
-        from mergectl.methods import _stored
-
-        assert self.base is not None
-        return _stored.bits(self._get(model, name) for model in (self.base, *self.experts.values()))
-
     def on_base(self, name: str, merged: torch.Tensor, *, lent: bool) -> torch.Tensor:
         """Return the base's weight plus a merged task vector; if `lent`, in memory that will serve again."""
         import torch
@@ -217,7 +219,8 @@ class Inputs:
         assert self.base is not None
         if not lent or merged.dtype != torch.float32:
             return self.base_weight(name) + merged
-        bits = _stored.bits([self._get(self.base, name)]) if merged.is_contiguous() else None
+        here = self.device == "cpu" and merged.is_contiguous()
+        bits = _stored.bits([self._get(self.base, name)]) if here else None
         if bits is None and (base := self.base_weight(name)).dtype != merged.dtype:
             return base + merged
         result = self.room("merged", self.shapes[name], merged.dtype, self.device)
