@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from mergectl.adapter_folds import check_lora, factors, fits, fold_ia3, fold_ia3_bias, fold_lora, lora_scale
 from mergectl.errors import UserError
+from mergectl.jsonfiles import read_json, read_record
 from mergectl.layers import NUMBERED
 from mergectl.naming import as_stored, stored_modules
 from mergectl.prefixes import prefixes
-from mergectl.weights import Checkpoint, WeightFile, read_json
+from mergectl.weights import Checkpoint, WeightFile
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +51,7 @@ class AdapterCheckpoint(Checkpoint):
                 f"{ref} is an adapter of {base}: {error} Where that model lies elsewhere, say so in the adapter's "
                 "adapter_config.json (base_model_name_or_path)."
             ) from error
-        self.meta = read_json(folder / "mergectl.json") if (folder / "mergectl.json").exists() else {}
+        self.meta = read_record(folder)
         self._adapter = WeightFile(_adapter_file(folder, ref))
         self._modules, saved = self._sort_out()
         spelled = self._spelling()

@@ -8,9 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mergectl.checkpoints import INDEX, SINGLE, Checkpoint, read_json
+from mergectl.checkpoints import INDEX, SINGLE, Checkpoint
 from mergectl.errors import UserError, WorkError
 from mergectl.families import Family, open_family
+from mergectl.jsonfiles import read_record
 from mergectl.lab import Lab, versions
 from mergectl.merge import MergeJob, merge
 from mergectl.publish import Target
@@ -40,8 +41,8 @@ def record_of(folder: Path) -> dict[str, Any]:
     """The record that a merge left beside its weights."""
     if not (folder / "mergectl.json").exists():
         raise UserError(f"{folder} has no mergectl.json, so there is no record of how it was merged.")
-    record = read_json(folder / "mergectl.json")
-    if kind := record.get("output", {}).get("adapter"):
+    record = read_record(folder)
+    if kind := (record.get("output") or {}).get("adapter"):
         raise UserError(f"{folder} is a merged adapter ({kind}). Only merged models can be made anew.")
     return dict(record)
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from mergectl import open_clip, pins
 from mergectl.adapters import AdapterCheckpoint
 from mergectl.errors import UserError
+from mergectl.jsonfiles import read_json
 from mergectl.pins import exact
 from mergectl.refs import Cut, Ref, Reheaded, Stack
 from mergectl.reheading import HeadedModel
 from mergectl.stacking import CutTokens, Stacked
-from mergectl.weights import INDEX, PICKLED, PICKLED_INDEX, SINGLE, Checkpoint, read_json
+from mergectl.weights import INDEX, PICKLED, PICKLED_INDEX, SINGLE, Checkpoint
 
 __all__ = [
     "INDEX",

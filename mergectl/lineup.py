@@ -51,6 +51,8 @@ def line_up(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> Population:
     shared = _shared_names(base, strip, views, hidden)
     merged = {name: own for name, own in shared.items() if base.dtype(own) in FLOATING}
     _same_kinds(base, shared, experts, views)
+    if not merged:
+        raise UserError(f"{base.ref} holds whole numbers only, and only real numbers can be merged.")
     grown = _grown(base, merged, experts, views)
     models = [Renamed(base, merged), *(Renamed(experts[t], views[t]) for t in experts)]
     twice = {} if base.config.get("tie_word_embeddings") is False else repeated(models)

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergectl.checkpoints import INDEX as SHARDED
-from mergectl.checkpoints import PICKLED, PICKLED_INDEX, Checkpoint, exact, find_folder, open_checkpoint, read_json
+from mergectl.checkpoints import PICKLED, PICKLED_INDEX, Checkpoint, exact, find_folder, open_checkpoint
 from mergectl.checkpoints import SINGLE as WHOLE
 from mergectl.clip import HEAD, TextTower, is_zero_shot
 from mergectl.decoders import answer_at_last_token
 from mergectl.errors import UserError
+from mergectl.jsonfiles import read_config
 from mergectl.naming import is_backbone, is_writer, live_tensors, match
 from mergectl.preprocess import Preparer, image_preparer, text_preparer
 from mergectl.text2text import answer_preparer
@@ -53,13 +54,13 @@ def open_source(ref: str | Path | Checkpoint) -> Source:
         return Source(ref.ref, ref.folder, ref.config, ref, ref.meta)
     path = Path(ref).expanduser()
     if path.is_file() and path.suffix == ".json":
-        return Source(str(ref), None, read_json(path), None, {})
+        return Source(str(ref), None, read_config(path), None, {})
     if path.is_file():
         found = open_checkpoint(ref)
         return Source(str(ref), found.folder, found.config, found, found.meta)
     folder = find_folder(ref)
     if (folder / "config.json").exists() and not any((folder / name).exists() for name in WEIGHTS):
-        return Source(exact(str(ref), folder), folder, read_json(folder / "config.json"), None, {})
+        return Source(exact(str(ref), folder), folder, read_config(folder / "config.json"), None, {})
     found = open_checkpoint(folder)
     return Source(exact(str(ref), folder), folder, found.config, found, found.meta)
 

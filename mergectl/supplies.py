@@ -10,11 +10,11 @@ from typing import Any
 from mergectl.calibration_options import for_supplies, settled
 from mergectl.errors import UserError, did_you_mean
 from mergectl.families import Family
+from mergectl.jsonfiles import read_record
 from mergectl.lab import Lab
 from mergectl.plan import Recipe, steps_of
 from mergectl.settings import describe
 from mergectl.tied import uses
-from mergectl.weights import read_json
 
 # Settings that decide what learned numbers are the numbers of.
 MEANING = ("start", "decompose", "granularity", "parameters", "plus", "density", "soft_mask")
@@ -75,8 +75,7 @@ def _watch(request: Request) -> Any:
 
 def _check_meaning(start: str, recipe: Recipe) -> None:
     """Refuse numbers that were learned for something else: as many of them would fit, and mean nothing."""
-    path = Path(start) / "mergectl.json"
-    former = read_json(path).get("recipe", {}).get("settings", {}) if path.exists() else {}
+    former = (read_record(Path(start)).get("recipe") or {}).get("settings", {})
     for name in MEANING:
         if name in former and name in recipe.settings and former[name] != recipe.settings[name]:
             raise UserError(

@@ -9,9 +9,10 @@ import json
 from collections.abc import Mapping, Sequence
 
 from mergectl.errors import UserError
+from mergectl.jsonfiles import read_json
 from mergectl.refs import Cut, Ref, Reheaded
 from mergectl.tokens import TOKENS, token_dim
-from mergectl.weights import Checkpoint, read_json
+from mergectl.weights import Checkpoint
 
 Vocabulary = dict[int, str]
 

@@ -7,7 +7,6 @@ read with `weights_only=True` alone.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mergectl.digests import blake3
 from mergectl.errors import UserError
 from mergectl.headers import TORCH_TO_WORD, WORD_TO_TORCH, Entry, read_header
+from mergectl.jsonfiles import read_config, read_json, read_record
 from mergectl.pins import without_commit
 
 if TYPE_CHECKING:
@@ -31,8 +31,8 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
 
     def __init__(self, folder: Path, ref: str) -> None:
         self.folder, self.ref = folder, ref
-        self.config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
-        self.meta = read_json(folder / "mergectl.json") if (folder / "mergectl.json").exists() else {}
+        self.config = read_config(folder / "config.json") if (folder / "config.json").exists() else {}
+        self.meta = read_record(folder)
         self._files = weight_files(folder, ref)
 
     @cached_property
@@ -226,14 +226,24 @@ def _read(path: Path, name: str, entry: Entry) -> torch.Tensor:
 
 def _open_pickled(path: Path) -> _Opened:
     weights = _load_pickled(path)
-    if not isinstance(weights, dict) or not all(isinstance(n, str) and hasattr(w, "dtype") for n, w in weights.items()):
+    if not isinstance(weights, dict) or not all(isinstance(n, str) and _is_tensor(w) for n, w in weights.items()):
         raise UserError(f"{path} holds something else than weights by name. Convert it to safetensors.")
+    for name, weight in weights.items():
+        if weight.is_meta or weight.is_nested or str(weight.layout) != "torch.strided":
+            kind = "without numbers" if weight.is_meta else "not stored in full"
+            raise UserError(f"{path}: weight {name!r} is {kind}, and cannot be merged. Convert it to safetensors.")
     words = {name: str(w.dtype).removeprefix("torch.") for name, w in weights.items()}
     for name, word in words.items():
         if word not in TORCH_TO_WORD or word.startswith("complex"):
             raise UserError(f"{path}: weight '{name}' is of the type {word}, which cannot be merged.")
     header = {n: Entry(tuple(w.shape), TORCH_TO_WORD[words[n]], -1, w.numel() * w.itemsize) for n, w in weights.items()}
     return header, weights.__getitem__
+
+
+def _is_tensor(found: object) -> bool:
+    import torch
+
+    return isinstance(found, torch.Tensor)
 
 
 def _load_pickled(path: Path) -> Any:
@@ -277,14 +287,3 @@ def _shards(folder: Path, index: str, ref: str) -> dict[Path, list[str]]:
             raise UserError(f"{ref}: the shard {name} named in {index} is missing.")
         paths[folder / name] = [weight]
     return paths
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object, or say in one sentence what is wrong with the file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not readable JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} should hold a JSON object, not a {type(content).__name__}.")
-    return content

@@ -139,8 +139,10 @@ def test_pickled_weights_are_read(population: Path, base: Path, zipped: bool) ->
         ({"epoch": 3, "state_dict": {}}, "holds something else than weights by name"),
         ([1, 2], "holds something else than weights by name"),
         ({"w": torch.zeros(2, dtype=torch.complex64)}, "'w' is of the type complex64"),
+        ({"w": torch.ones(2, 2).to_sparse()}, "weight 'w' is not stored in full"),
+        ({"w": torch.zeros(2, device="meta")}, "weight 'w' is without numbers"),
     ],
-    ids=["training state", "list", "complex"],
+    ids=["training state", "list", "complex", "sparse", "meta"],
 )
 def test_pickles_that_are_no_weights(base: Path, content: Any, sentence: str) -> None:
     (base / "model.safetensors").unlink()

@@ -226,6 +226,51 @@ def test_what_holds_no_real_numbers_is_not_merged(population: Path, tmp_path: Pa
         open_family(str(population / "base"), [("one", str(one))])
 
 
+CONFIGS = {
+    '{"architectures": [null]}': "'architectures' should be a list of names, not [None]",
+    '{"architectures": {}}': "'architectures' should be a list, not {}",
+    '{"model_type": ["vit"]}': "'model_type' should be text, not ['vit']",
+    '{"id2label": [0]}': "'id2label' should be an object, not [0]",
+    '{"deep": ' + "[" * 200_000 + "]" * 200_000 + "}": "is not readable JSON: it is nested too deeply",
+}
+
+
+@pytest.mark.parametrize("text", CONFIGS, ids=lambda text: text[:16])
+def test_a_configuration_of_another_form_is_refused(
+    cli: Cli, capsys: Capture, population: Path, tmp_path: Path, text: str
+) -> None:
+    one = tiny.change(population / "parity", tmp_path / "one", lambda own: own)
+    (one / "config.json").write_text(text)
+    words = ["merge", "average", "--base", population / "base", "--experts", f"one={one}", population / "loop"]
+    assert cli(*words, "-o", "out") == 2 and not Path("out").exists()
+    assert f"{one / 'config.json'}" in (err := capsys.readouterr().err) and CONFIGS[text] in err
+
+
+RECORDS = {"task": 3, "recipe": 3, "base_digest": ["a"], "base": {}, "labels": "a", "inputs": {}, "tasks": [], "run": 1}
+
+
+@pytest.mark.parametrize("key", RECORDS)
+def test_a_record_of_another_form_is_refused(
+    cli: Cli, capsys: Capture, population: Path, tmp_path: Path, key: str
+) -> None:
+    one = tiny.change(population / "parity", tmp_path / "one", lambda own: own)
+    record = json.loads((population / "parity/mergectl.json").read_text())
+    (one / "mergectl.json").write_text(json.dumps({**record, key: RECORDS[key]}))
+    words = ["merge", "average", "--base", population / "base", "--experts", one, population / "loop"]
+    assert cli(*words, "-o", "out") == 2 and not Path("out").exists()
+    err = capsys.readouterr().err
+    assert f"{one / 'mergectl.json'}: '{key}' should be " in err and f", not {RECORDS[key]!r}." in err
+
+
+def test_models_of_whole_numbers_only_are_refused(cli: Cli, capsys: Capture, population: Path, tmp_path: Path) -> None:
+    def whole(own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: weight.to(torch.int64) for name, weight in own.items()}
+
+    base, one, two = (tiny.change(population / n, tmp_path / n, whole) for n in ("base", "parity", "loop"))
+    assert cli("merge", "average", "--base", base, "--experts", f"one={one}", f"two={two}", "-o", "out") == 2
+    assert f"{base} holds whole numbers only, and only real numbers can be merged." in capsys.readouterr().err
+
+
 def test_a_quantised_model_is_not_merged(population: Path, tmp_path: Path) -> None:
     one = tiny.change(population / "parity", tmp_path / "one", lambda own: own)
     config = json.loads((one / "config.json").read_text())
