@@ -48,7 +48,9 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
                     )
                 found[name] = weights
             if absent := next((name for name in listed if name not in weights.header), None):
-                raise UserError(f"{self.ref}: the index places weight '{absent}' in {path.name}, which has none such.")
+                raise UserError(
+                    f"{self.ref}: the index places weight {absent!r} in {shown(path.name)}, which has none such."
+                )
         if not found:
             raise UserError(f"{self.ref}: {next(iter(self._files)).name} holds no weights.")
         return found
@@ -229,6 +231,8 @@ def _open_pickled(path: Path) -> _Opened:
     if not isinstance(weights, dict) or not all(isinstance(n, str) and _is_tensor(w) for n, w in weights.items()):
         raise UserError(f"{path} holds something else than weights by name. Convert it to safetensors.")
     for name, weight in weights.items():
+        if not name.isprintable():
+            raise UserError(f"{path}: a weight is called {name!r}, which cannot be printed. Convert it to safetensors.")
         if weight.is_meta or weight.is_nested or str(weight.layout) != "torch.strided":
             kind = "without numbers" if weight.is_meta else "not stored in full"
             raise UserError(f"{path}: weight {name!r} is {kind}, and cannot be merged. Convert it to safetensors.")
@@ -271,6 +275,11 @@ def weight_files(folder: Path, ref: str) -> dict[Path, list[str]]:
     raise UserError(f"{ref} holds no weights: neither {SINGLE} nor {INDEX} is in {folder}.")
 
 
+def shown(name: str) -> str:
+    """A name from a file as it may be written to a terminal."""
+    return name if name.isprintable() else repr(name)
+
+
 def _shards(folder: Path, index: str, ref: str) -> dict[Path, list[str]]:
     """The files that an index names, in its order; refuse an index that points outside the folder."""
     where = read_json(folder / index).get("weight_map")
@@ -282,8 +291,8 @@ def _shards(folder: Path, index: str, ref: str) -> dict[Path, list[str]]:
             paths[folder / name].append(weight)
             continue
         if Path(name).name != name or name in ("", ".", ".."):
-            raise UserError(f"{folder / index} names '{name}', which lies outside the folder.")
+            raise UserError(f"{folder / index} names {name!r}, which lies outside the folder.")
         if not (folder / name).is_file():
-            raise UserError(f"{ref}: the shard {name} named in {index} is missing.")
+            raise UserError(f"{ref}: the shard {shown(name)} named in {index} is missing.")
         paths[folder / name] = [weight]
     return paths

@@ -106,6 +106,15 @@ def test_an_index_without_weights(base: Path, where: Any) -> None:
     assert "model.safetensors.index.json names no weights" in refusal(base)
 
 
+@pytest.mark.parametrize("name", ["\x1b[2J", "a\0b", "../\x1b[2J", "\ud800"])
+def test_an_index_does_not_write_to_the_screen(base: Path, name: str) -> None:
+    file = next(iter(shard(base).values()))
+    index(base, {"w": name})
+    assert repr(name) in (said := refusal(base)) and said.isprintable()
+    index(base, {name: file})
+    assert repr(name) in (said := refusal(base)) and said.isprintable()
+
+
 def test_an_index_that_is_no_json(base: Path) -> None:
     shard(base)
     (base / "model.safetensors.index.json").write_text('{"weight_map": {')
@@ -141,8 +150,11 @@ def test_pickled_weights_are_read(population: Path, base: Path, zipped: bool) ->
         ({"w": torch.zeros(2, dtype=torch.complex64)}, "'w' is of the type complex64"),
         ({"w": torch.ones(2, 2).to_sparse()}, "weight 'w' is not stored in full"),
         ({"w": torch.zeros(2, device="meta")}, "weight 'w' is without numbers"),
+        ({"w\0": torch.zeros(2)}, "a weight is called 'w\\x00', which cannot be printed"),
+        ({"w\x1b[2J": torch.zeros(2)}, "a weight is called 'w\\x1b[2J', which cannot be printed"),
+        ({"\ud800": torch.zeros(2)}, "a weight is called '\\ud800', which cannot be printed"),
     ],
-    ids=["training state", "list", "complex", "sparse", "meta"],
+    ids=["training state", "list", "complex", "sparse", "meta", "NUL", "escape code", "half a letter"],
 )
 def test_pickles_that_are_no_weights(base: Path, content: Any, sentence: str) -> None:
     (base / "model.safetensors").unlink()
