@@ -203,7 +203,7 @@ def merge_recipe(lab: Lab, path: Path, target: Target) -> None:
         return
     recipe = read_file(path, MergeFile)
     target = target._replace(
-        out=target.out or (Path(recipe.out) if recipe.out else None),
+        out=target.out or (Path(recipe.out).expanduser() if recipe.out else None),
         shard_size=target.shard_size or recipe.shard_size,
     )
     if target.out is None:

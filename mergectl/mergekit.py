@@ -197,7 +197,7 @@ def _range(source: Mapping[str, Any], place: Place, fail: Fail) -> tuple[int, in
 def _check_ref(ref: Any, place: Place, fail: Fail) -> None:
     if not isinstance(ref, str) or not ref:
         raise fail(place, f"a model is a folder or a hub id, got {ref!r}.")
-    if "+" in ref and not Path(ref).is_dir():
+    if "+" in ref and not Path(ref).expanduser().is_dir():
         raise fail(place, f"'{ref}': a model with an adapter is not read. Name the adapter's folder alone.")
 
 

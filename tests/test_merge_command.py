@@ -354,3 +354,18 @@ def test_another_word_in_capitals_is_no_legacy_name(
 ) -> None:
     assert cli("merge", "_PCB", "--experts", population / "parity", "-o", "m") == 2
     assert "No method '_PCB'" in capsys.readouterr().err
+
+
+def test_a_recipe_may_speak_of_the_users_home(cli: Cli, population: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("home/models").mkdir(parents=True)
+    for name in ("base", "parity"):
+        Path(f"home/models/{name}").symlink_to(population / name)
+    (Path("home/models") / "a+b").symlink_to(population / "loop")
+    monkeypatch.setenv("HOME", str(Path("home").absolute()))
+    models = "{parity: ~/models/parity, loop: ~/models/a+b}"
+    Path("own.yaml").write_text(f"method: average\nbase: ~/models/base\nexperts: {models}\nout: ~/merged\n")
+    assert cli("merge", "-c", "own.yaml") == 0
+    listed = "[{model: ~/models/parity}, {model: ~/models/a+b}]"
+    Path("mergekit.yaml").write_text(f"merge_method: linear\nparameters: {{weight: 0.5}}\nmodels: {listed}\n")
+    assert cli("merge", "-c", "mergekit.yaml", "-o", "there") == 0
+    assert Path("home/merged/model.safetensors").exists() and not Path("~").exists()
