@@ -50,6 +50,13 @@ def every() -> dict[str, Setting]:
     return {setting.name: setting for settings in OPTIONS.values() for setting in settings}
 
 
+def check_known(given: Mapping[str, Any]) -> None:
+    """Refuse options that there are not."""
+    for name in given:
+        if name not in every():
+            raise UserError(f"Calibration has no option '{name}'.{did_you_mean(name, every())}")
+
+
 def for_supplies(supplies: Collection[str]) -> dict[str, Setting]:
     """The options that say how these supplies are made, by name."""
     return {setting.name: setting for name, settings in OPTIONS.items() if name in supplies for setting in settings}
@@ -62,10 +69,9 @@ def settled(given: Mapping[str, Any], supplies: Collection[str], tasks: Sequence
     """
     if not isinstance(given, Mapping):
         raise UserError(f"The options of calibration are a mapping of names to values, got '{given}'.")
+    check_known(given)
     known, mine = every(), for_supplies(supplies)
     for name in given:
-        if name not in known:
-            raise UserError(f"Calibration has no option '{name}'.{did_you_mean(name, known)}")
         if name not in mine:
             needs = next(supply for supply, settings in OPTIONS.items() if known[name] in settings)
             raise UserError(

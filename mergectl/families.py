@@ -37,6 +37,16 @@ def short_names(ids: Sequence[str], complain: Callable[[str], Exception] = UserE
     return shorts
 
 
+def check_names(experts: Sequence[tuple[str | None, Ref]], export: str | None) -> None:
+    """Refuse what the experts' names tell before a model is opened; a run of a grid may yet get another name."""
+    names = [task for task, _ in experts if task]
+    shorts = [task.rsplit("/", 1)[-1] for task in names]
+    kept = [task for task, ref in experts if task and "/" in str(ref) and f"{task.rsplit('/', 1)[-1]}-" not in str(ref)]
+    short_names(kept)
+    if export is not None and export not in shorts and len(set(shorts)) == len(experts):
+        raise UserError(f"--export {export}: the experts are {', '.join(shorts)}.")
+
+
 def _is_name(short: str) -> bool:
     """Whether folder names can hold a name; bytes that are not UTF-8 stand for themselves."""
     return os.fsencode(short).decode(errors="replace").isprintable() and len(os.fsencode(short)) <= LONGEST

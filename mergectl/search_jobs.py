@@ -27,7 +27,7 @@ from mergectl.stacking import CutTokens, Stacked
 from mergectl.supplies import settled_options, supplies_of
 from mergectl.tasks import check_split, task_version
 from mergectl.trials import Plan, read_objectives
-from mergectl.verbs import REFS, options_config
+from mergectl.verbs import REFS, check_words, options_config
 
 if TYPE_CHECKING:
     from mergectl.benchmarks._contract import Task
@@ -150,6 +150,7 @@ def prepare(lab: Lab, job: SearchJob) -> Prepared:
             "--allow-report does it all the same, and the study says so."
         )
     info = describe(job.merge.recipe.method)
+    check_words(lab, job.merge)
     family = open_family(job.merge.base, job.merge.experts, lab.find_run)
     check_base(info.name, steps_of(job.merge.recipe, list(family.experts)), family.has_base)
     options = settled_options(job.merge.recipe, family, job.merge.options)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergectl.calibration_options import for_supplies, settled
+from mergectl.calibration_options import check_known, for_supplies, settled
 from mergectl.errors import UserError, did_you_mean
 from mergectl.families import Family
 from mergectl.jsonfiles import read_record
@@ -124,13 +124,22 @@ def settled_options(recipe: Recipe, family: Family, options: Mapping[str, Any]) 
 
     A per-task one becomes one number per task, in the experts' order.
     """
-    if unknown := [name for name in options if name not in GROUPS]:
-        raise UserError(f"There are no options '{unknown[0]}'.{did_you_mean(unknown[0], GROUPS)}")
+    check_options(options)
     if options.get("adapt") and "entropy" not in asked_by(recipe, family):
         raise UserError(f"'{recipe.method}' does not adapt to unlabelled rows. Leave out the options of 'adapt'.")
     rest = {name: value for name, value in options.items() if name != "calibration"}
     found = settled(options.get("calibration", {}), asked_by(recipe, family), list(family.experts), recipe.method)
     return {**rest, "calibration": found} if found else rest
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Refuse options that there are not, which can be told before a model is opened."""
+    from mergectl.adaptation import read_options
+
+    if unknown := [name for name in options if name not in GROUPS]:
+        raise UserError(f"There are no options '{unknown[0]}'.{did_you_mean(unknown[0], GROUPS)}")
+    check_known(options.get("calibration", {}))
+    read_options(options.get("adapt", {}))
 
 
 def supplies_of(lab: Lab, family: Family, recipe: Recipe, options: Mapping[str, Any] | None = None) -> dict[str, Any]:

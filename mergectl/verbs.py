@@ -12,14 +12,14 @@ from mergectl import __version__
 from mergectl.checkpoints import open_checkpoint
 from mergectl.claims import claimed
 from mergectl.errors import UserError
-from mergectl.families import Family, open_family
+from mergectl.families import Family, check_names, open_family
 from mergectl.lab import Lab, versions
 from mergectl.merge import MergeJob, checked, described
 from mergectl.open_clip import layout
 from mergectl.pins import COMMIT
 from mergectl.ranks import leads
 from mergectl.stacking import parts_of
-from mergectl.supplies import asked_by, settled_options, supplies_of
+from mergectl.supplies import asked_by, check_options, settled_options, supplies_of
 from mergectl.tasks import task_version
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def merge_models(
     from mergectl.plan import check_base, check_beforehand, steps_of
 
     check_beforehand(job.recipe, [task for task, _ in job.experts])
+    check_words(lab, job)
     artefacts.check_free(out, force or reuse)
     family = open_family(job.base, job.experts, lab.find_run)
     recipe, given = checked(job.recipe, list(family.experts)), dict(job.recipe.settings)
@@ -77,6 +78,14 @@ def merge_models(
             watch.record(run, out)
         record_model(run, out, digest)
     return {"run": run.id, "out": str(out), "digest": digest, "again": False}
+
+
+def check_words(lab: Lab, job: MergeJob) -> None:
+    """Refuse names, options and a device that there are not, before a model is looked for."""
+    check_names(job.experts, job.export)
+    check_options(job.options)
+    if lab.device not in ("auto", "cpu"):  # which need no torch to be known
+        lab.torch_device()
 
 
 def options_config(lab: Lab, job: MergeJob, family: Family) -> dict[str, Any]:

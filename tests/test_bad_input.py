@@ -437,6 +437,44 @@ def test_a_recipe_is_refused_before_a_model_is_looked_for(
     assert sentence in refused(cli, capsys, "merge", *words, "--base", "org/base", "--experts", *experts, "-o", "m")
 
 
+WORDS = [
+    ("merge", "--export three", "--export three: the experts are one, two."),
+    ("merge", "--device gpu", "There is no device 'gpu'."),
+    ("search", "--device gpu", "There is no device 'gpu'."),
+    ("merge", "--experts one=org/one a/one=org/two", "Two experts are called 'one'."),
+    ("search", "--experts one=org/one a/one=org/two", "Two experts are called 'one'."),
+    ("search", "--adapt stps=3", "--adapt has no 'stps'."),
+]
+
+
+@pytest.mark.parametrize(("verb", "words", "sentence"), WORDS)
+def test_a_wrong_word_is_told_before_a_model_is_looked_for(
+    cli: Cli, capsys: Capture, monkeypatch: pytest.MonkeyPatch, verb: str, words: str, sentence: str
+) -> None:
+    monkeypatch.setattr("mergectl.checkpoints.download", lambda ref: pytest.fail(f"{ref} was looked for"))
+    experts = [] if "--experts" in words else ["--experts", "one=org/one", "two=org/two"]
+    assert sentence in refused(
+        cli, capsys, verb, "adamerging", "--base", "org/base", *experts, *words.split(), "-o", "m"
+    )
+
+
+OPTIONS = {
+    "{calibratoin: {}}": "There are no options 'calibratoin'. Did you mean 'calibration'?",
+    "{calibration: {rwos: 3}}": "Calibration has no option 'rwos'.",
+    "{adapt: {stps: 3}}": "--adapt has no 'stps'.",
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_options_of_a_recipe_are_read_before_a_model_is_looked_for(
+    cli: Cli, capsys: Capture, monkeypatch: pytest.MonkeyPatch, options: str
+) -> None:
+    monkeypatch.setattr("mergectl.checkpoints.download", lambda ref: pytest.fail(f"{ref} was looked for"))
+    models = "base: org/base\nexperts: {one: org/one, two: org/two}\n"
+    Path("recipe.yaml").write_text(f"method: adamerging\n{models}options: {options}\n")
+    assert OPTIONS[options] in refused(cli, capsys, "merge", "-c", "recipe.yaml", "-o", "m")
+
+
 def test_weights_that_add_up_to_zero_may_stay_as_they_are(cli: Cli, population: Path) -> None:
     words = ["average", "--base", population / "base", "--experts", population / "parity", population / "loop"]
     assert cli("merge", *words, "-o", "m", "--weight", "1,-1", "--normalize", "false") == 0
