@@ -119,6 +119,16 @@ def test_a_bound_that_very_many_entries_share_is_found_without_counting_bit_patt
     assert vectors.kth_magnitudes([[40_000, 1000]]) == [[0.0, float(np.sort(np.abs(rows[1]))[-1000])]]
 
 
+def test_samples_of_stored_weights_bracket_the_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
+    chance = torch.Generator().manual_seed(2)
+    base = {"w": 5 * torch.randn(1 << 20, generator=chance)}
+    rows = torch.randn(2, 1 << 20, generator=chance) * torch.linspace(0.1, 2, 1 << 20)  # no part is like another
+    experts = {f"t{i}": {"w": base["w"] + row} for i, row in enumerate(rows)}
+    monkeypatch.delattr(_kth, "reach")
+    merged = merge_weights("ties", base, experts, density=0.2)["w"] - base["w"]
+    assert 0.3 < float((merged != 0).float().mean()) < 0.4  # a fifth of each, at places of their own
+
+
 def test_inner_products_of_a_model_are_the_sums_of_those_of_its_weights() -> None:
     rows = {
         f"w{i}": torch.from_numpy(np.random.default_rng(i).normal(size=(3, 70_000)).astype(np.float32)) for i in (0, 1)
