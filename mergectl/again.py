@@ -41,7 +41,10 @@ def record_of(folder: Path) -> dict[str, Any]:
     """The record that a merge left beside its weights."""
     if not (folder / "mergectl.json").exists():
         raise UserError(f"{folder} has no mergectl.json, so there is no record of how it was merged.")
-    record = read_record(folder)
+    try:
+        record = read_record(folder)
+    except UserError as error:
+        raise UserError(f"{folder / 'mergectl.json'} is no whole record of a merge. {error}") from error
     if kind := (record.get("output") or {}).get("adapter"):
         raise UserError(f"{folder} is a merged adapter ({kind}). Only merged models can be made anew.")
     return dict(record)
