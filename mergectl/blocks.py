@@ -87,19 +87,33 @@ class BlockReader:
         """A block as it is stored, in the block's shape."""
         import torch
 
+        found = self._place(block)
+        if found is None:
+            whole: torch.Tensor = self.weights[block.weight].detach().reshape(-1)
+            return whole[block.start : block.stop].view(block.shape)
+        part, dtype = found
+        lent = torch.from_numpy((part if part.flags.aligned else part.copy()).reshape(block.shape))
+        return lent if lent.dtype == dtype else lent.view(dtype)
+
+    def bits(self, block: Block) -> Array | None:
+        """The bits of a block of bfloat16 or float32 numbers, where it stands in a file as it is; else None."""
+        found = self._place(block)
+        if found is None or not found[0].flags.aligned or str(found[1]) not in ("torch.bfloat16", "torch.float32"):
+            return None
+        part = found[0]
+        return part.view(f"<u{part.itemsize}")
+
+    def _place(self, block: Block) -> tuple[Array, torch.dtype] | None:
         if block.weight not in self._found:
             with self._lock:
                 self._found[block.weight] = self._find(block.weight)
         found = self._found[block.weight]
         if found is None:
-            whole: torch.Tensor = self.weights[block.weight].detach().reshape(-1)
-            return whole[block.start : block.stop].view(block.shape)
+            return None
         numbers, dtype, path, end = found
         self._check_length(path, end, block.weight)  # what is not there any more ends the process when it is touched
         # Cut by NumPy: every operation of torch hands the interpreter to the other threads, and waits to have it back.
-        part = numbers[block.start : block.stop]
-        lent = torch.from_numpy((part if part.flags.aligned else part.copy()).reshape(block.shape))
-        return lent if lent.dtype == dtype else lent.view(dtype)
+        return numbers[block.start : block.stop], dtype
 
     def _check_length(self, path: Path, end: int, weight: str) -> None:
         """Refuse a file that ends before the weight does; its mapping can tell the size of the file now."""

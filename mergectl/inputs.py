@@ -134,11 +134,10 @@ class Inputs:
 
         from mergectl.methods import _stored
 
-        stored = [self._get(expert, name) for expert in self.experts.values()]
-        bits = _stored.bits(stored)
+        bits, stored = self._read(tuple(self.experts.values()), name)
         rows: Sequence[torch.Tensor] = stored
         if bits is not None:
-            rows = _stored.Stored(bits, stored[0].shape)
+            rows = _stored.Stored(bits, self.shapes[name])
         elif not all(row.dtype == torch.float32 for row in stored):
             rows = list(self._stacked(name, stored))
         if name not in self._unchecked:
@@ -157,7 +156,7 @@ class Inputs:
 
     def deltas(self, name: str) -> torch.Tensor:
         """Read one weight of all task vectors in float32: [task, *shape]."""
-        result = self._deltas(name, *self._all(name))
+        result = self._deltas(name, *self._read(self._all(), name))
         self._check(name, result, result)
         return result
 
@@ -165,30 +164,51 @@ class Inputs:
         """Do what `deltas` does, without a copy where that can be, and leave the check to `check_result`."""
         from mergectl.methods import _stored
 
-        stored = self._all(name)
-        bits = _stored.bits(stored)
-        result = self._deltas(name, *stored) if bits is None else _stored.Stored(bits[1:], self.shapes[name], bits[0])
+        bits, stored = self._read(self._all(), name)
+        result: Sequence[torch.Tensor] | torch.Tensor
+        if bits is not None:
+            result = _stored.Stored(bits[1:], self.shapes[name], bits[0])
+        else:
+            result = self._deltas(name, None, stored)
         self._note_changed(result)
         self._unchecked.add(name)
         return result
 
-    def _all(self, name: str) -> list[torch.Tensor]:
-        """Read one weight of the base and of all experts as it is stored."""
+    def _all(self) -> tuple[Weights, ...]:
+        """The base and all experts."""
         assert self.base is not None
-        return [self._get(model, name) for model in (self.base, *self.experts.values())]
+        return (self.base, *self.experts.values())
 
-    def _deltas(self, name: str, below: torch.Tensor, *rows: torch.Tensor) -> torch.Tensor:
+    def _read(self, models: Sequence[Weights], name: str) -> tuple[list[Array] | None, list[torch.Tensor]]:
+        """Read a weight of some models: its bits, where loops may go through them, or else as it is stored."""
+        from mergectl.methods import _stored
+
+        if (bits := self._bits(models, name)) is not None:
+            return bits, []
+        stored = [self._get(model, name) for model in models]
+        return _stored.bits(stored), stored
+
+    def _bits(self, models: Sequence[Weights], name: str) -> list[Array] | None:
+        """Look for the bits of a weight in the models' files."""
+        from mergectl.methods import _stored
+
+        block = self.blocks.get(name)
+        if block is None or self.device != "cpu":
+            return None
+        return _stored.alike(self._readers[id(model)].bits(block) for model in models)
+
+    def _deltas(self, name: str, bits: Sequence[Array] | None, stored: Sequence[torch.Tensor]) -> torch.Tensor:
         import torch
 
         from mergectl.methods import _stored
 
         result = self.room("deltas", (len(self.tasks), *self.shapes[name]), torch.float32, self.device)
-        if (bits := _stored.bits([below, *rows])) is not None:
+        if bits is not None:
             for delta, own in zip(result, bits[1:], strict=True):
                 _stored.subtract(own, bits[0], delta)
             return result
-        base = self._keep_base(name, below)
-        for delta, row in zip(result, rows, strict=True):
+        base = self._keep_base(name, stored[0])
+        for delta, row in zip(result, stored[1:], strict=True):
             if row.dtype == base.dtype == torch.float32:
                 torch.sub(row, base, out=delta)
             elif row.dtype == torch.float64 or base.dtype == torch.float64:
@@ -201,12 +221,13 @@ class Inputs:
         """Read one entry in `step` of a weight of all task vectors, unchecked, in float32: [task, elements]."""
         import torch
 
+        from mergectl.methods import _stored
         from mergectl.methods._order import thinned
 
-        assert self.base is not None
-        base, *rows = (
-            _wide(thinned(self._stored(model, name).reshape(-1), step)) for model in (self.base, *self.experts.values())
-        )
+        if (bits := self._bits(self._all(), name)) is not None:
+            return _stored.Stored(bits[1:], self.shapes[name], bits[0]).thinned(step)
+        stored = [self._stored(model, name) for model in self._all()]
+        base, *rows = (_wide(thinned(row.reshape(-1), step)) for row in stored)
         found: Array = torch.stack([(row - base).float() for row in rows]).numpy()
         return found
 
@@ -219,8 +240,7 @@ class Inputs:
         assert self.base is not None
         if not lent or merged.dtype != torch.float32:
             return self.base_weight(name) + merged
-        here = self.device == "cpu" and merged.is_contiguous()
-        bits = _stored.bits([self._get(self.base, name)]) if here else None
+        bits = self._bits([self.base], name) if merged.is_contiguous() else None
         if bits is None and (base := self.base_weight(name)).dtype != merged.dtype:
             return base + merged
         result = self.room("merged", self.shapes[name], merged.dtype, self.device)
@@ -257,7 +277,7 @@ class Inputs:
 
     def check_result(self, name: str, result: torch.Tensor) -> None:
         """Refuse a sum of rows that were lent unchecked where one of them is not finite: then the sum is not."""
-        if name in self._unchecked and not _finite_sum(result):
+        if name in self._unchecked and name not in self._seen and not _finite_sum(result):
             self._refuse_infinite(name)
 
     def _refuse_infinite(self, name: str) -> None:

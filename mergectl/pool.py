@@ -7,10 +7,11 @@ thread waits for the disk the others compute. Results come in the order of the w
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
 
 KEPT = 1 << 22  # elements up to which a thread keeps memory for its next piece of work
 ROOMS = 8  # of such memories that a thread keeps
-AHEAD = 2  # pieces of work per thread that wait or are done before they are asked for
+AHEAD = 2  # shares of the work per thread that wait or are done before they are asked for
+SHARES = 16  # per thread, at least: the last one ends soon after the others
+TOGETHER = 8  # pieces of work in a share at most: handing one over costs as much as a short piece
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # numbers of GNU malloc.h
 
 
@@ -58,17 +61,22 @@ class Pool:
             for item in items:
                 yield self._do(work, item)
             return
-        waiting: deque[Future[Any]] = deque()
+        waiting: deque[Future[list[Any]]] = deque()
+        size = min(max(len(items) // (SHARES * self._threads), 1), TOGETHER) if isinstance(items, Sized) else 1
+        left = iter(items)
         try:
-            for item in items:
-                waiting.append(self._executor.submit(self._do, work, item))
+            while some := list(itertools.islice(left, size)):
+                waiting.append(self._executor.submit(self._do_all, work, some))
                 if len(waiting) > AHEAD * self._threads:
-                    yield waiting.popleft().result()
+                    yield from waiting.popleft().result()
             while waiting:
-                yield waiting.popleft().result()
+                yield from waiting.popleft().result()
         finally:
             for future in waiting:
                 future.cancel()
+
+    def _do_all(self, work: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+        return [self._do(work, item) for item in items]
 
     def _do(self, work: Callable[[Any], Any], item: Any) -> Any:
         self._worker.depth = getattr(self._worker, "depth", 0) + 1
@@ -78,13 +86,14 @@ class Pool:
             self._worker.depth -= 1
 
     def room(self, use: str, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Tensor:
-        """Memory to be filled: in a piece of work (not in work that it asks for) what the thread last had for this."""
+        """Memory to be filled: in a piece of work what the thread last had for this, other than the work it is for."""
         import torch
 
-        if getattr(self._worker, "depth", 0) != 1 or math.prod(shape) > KEPT:
+        depth = getattr(self._worker, "depth", 0)
+        if depth == 0 or math.prod(shape) > KEPT:
             return torch.empty(shape, dtype=dtype, device=device)
         rooms: dict[Any, torch.Tensor] = self._worker.__dict__.setdefault("rooms", {})
-        key = (use, shape, dtype)
+        key = (depth, use, shape, dtype)
         if key not in rooms:
             if len(rooms) > ROOMS:
                 rooms.clear()

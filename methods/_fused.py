@@ -44,6 +44,7 @@ def compiled(loop: Loop, fastmath: Collection[str] = ()) -> Loop:
     def machine_code() -> Callable[..., Any]:
         import numba
 
+        _use_widest_registers()
         how = {"nogil": True, "error_model": "numpy", "fastmath": set(fastmath)}
         try:
             return cast("Callable[..., Any]", numba.njit(loop, cache=True, **how))
@@ -57,6 +58,15 @@ def compiled(loop: Loop, fastmath: Collection[str] = ()) -> Loop:
         return code(*given)
 
     return cast("Loop", run)
+
+
+@functools.cache
+def _use_widest_registers() -> None:
+    """Have the compiler use registers of 512 bits where there are any; left alone it prefers those of 256."""
+    import numba
+
+    if numba.config.CPU_FEATURES is None and "+avx512f" in (own := numba.core.codegen.get_host_cpu_features()):
+        numba.config.CPU_FEATURES = f"{own},-prefer-256-bit"
 
 
 @compiled
@@ -178,31 +188,44 @@ def unify(rows: Array, unified: Array, masks: Array, own: Array, left: Array) ->
 
 
 @compiled
-def between(row: Array, low: np.float32, high: np.float32, magnitudes: bool, out: Array) -> tuple[int, int, int, int]:
-    """Collect the entries, or magnitudes, strictly between bounds; count these, those above, at `high` and at `low`."""
-    mask = np.zeros(STRETCH, np.uint8)
+def between(
+    row: Array, base: Array | None, low: np.int32, high: np.int32, magnitudes: bool, out: Array
+) -> tuple[int, int, int, int]:
+    """Collect the keys of entries, less the base, strictly between bounds; count these, those above and at the bounds.
+
+    A key is a whole number: its order is that of the entries, or of their magnitudes.
+    """
+    shift, first = np.uint32(32 - 8 * row.itemsize), np.uint32(int(low) + 1)
+    width = np.uint32(max(int(high) - int(low) - 1, 0))
+    keys, mask = np.empty(STRETCH, np.int32), np.zeros(STRETCH, np.uint8)
     words = mask.view(np.uint64)  # eight entries at a time are passed over
     found, above, at_high, at_low = 0, 0, 0, 0
     for start in range(0, row.shape[0], STRETCH):
         part = row[start : start + STRETCH]
+        below = part if base is None else base[start : start + STRETCH]
         size, more, highs, lows = part.shape[0], np.int32(0), np.int32(0), np.int32(0)  # short: registers stay full
         for i in range(size):
-            x = abs(part[i]) if magnitudes else part[i]
-            more += np.int32(x > high)
-            highs += np.int32(x == high)
-            lows += np.int32(x == low)
+            x = np.uint32(np.uint32(part[i]) << shift).view(np.float32)
+            if base is not None:
+                x -= np.uint32(np.uint32(below[i]) << shift).view(np.float32)
+            bits = np.float32(x + np.float32(0)).view(np.int32)  # + 0 turns -0 into 0
+            folded = np.int32(bits & np.int32(0x7FFFFFFF))
+            key = folded if magnitudes else np.int32(bits ^ np.int32(np.int32(bits >> 31) & np.int32(0x7FFFFFFF)))
+            keys[i] = key
+            more += np.int32(key > high)
+            highs += np.int32(key == high)
+            lows += np.int32(key == low)
         above += int(more)
         at_high += int(highs)
         at_low += int(lows)
         mask[size:] = 0
         for i in range(size):
-            x = abs(part[i]) if magnitudes else part[i]
-            mask[i] = (x > low) & (x < high)
+            mask[i] = np.uint32(np.uint32(keys[i]) - first) < width
         for word in range(STRETCH // 8):
             if words[word] != 0:
                 for i in range(8 * word, 8 * word + 8):
                     if mask[i] != 0:
-                        out[found] = abs(part[i]) if magnitudes else part[i]
+                        out[found] = keys[i]
                         found += 1
     return found, above, at_high, at_low
 
@@ -231,7 +254,7 @@ def exponents(rows: Array, lows: Array, highs: Array, ranked: bool, inter: Array
 
     With `ranked` the sum is that of signed u.
     """
-    sums, signed, power = np.empty(STRETCH, np.float64), np.empty(STRETCH, np.float32), np.float32(rows.shape[0])
+    sums, power = np.empty(STRETCH, np.float64), np.float32(rows.shape[0])
     for start in range(0, rows.shape[1], STRETCH):
         size = min(STRETCH, rows.shape[1] - start)
         sums[:size] = 0
@@ -240,14 +263,12 @@ def exponents(rows: Array, lows: Array, highs: Array, ranked: bool, inter: Array
             low, high = lows[task], highs[task]
             span, top = (high - low, high) if high > low else (np.float32(1), low)  # equal bounds: u = 0
             for i in range(size):
-                clipped = max(abs(row[i]), low)
-                clipped = top if clipped > top else clipped
-                u = (clipped - low) / span
-                signed[i] = (u if row[i] > 0 else np.float32(0)) - (u if row[i] < 0 else np.float32(0))
+                u = (min(max(abs(row[i]), low), top) - low) / span
                 heat[i] = (u * u - np.float32(1)) * power
-            counted = signed if ranked else row
-            for i in range(size):
-                sums[i] += counted[i]
+                if ranked:
+                    sums[i] += (u if row[i] > 0 else np.float32(0)) - (u if row[i] < 0 else np.float32(0))
+                else:
+                    sums[i] += row[i]
         for task in range(rows.shape[0]):
             row, pull = rows[task, start : start + size], inter[task, start : start + size]
             for i in range(size):

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from mergectl.methods import _order
+from mergectl.methods._stored import Stored
 
 if TYPE_CHECKING:
     import torch
 
-    from mergectl.methods._task_vectors import TaskVectors
+    from mergectl.methods._task_vectors import Rows, TaskVectors
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 Form: TypeAlias = "np.ufunc"  # of rows of numbers: makes that of which the order is asked
@@ -39,22 +40,28 @@ def largest(vectors: TaskVectors, ranks: Sequence[Sequence[int]], *, magnitudes:
         return _together(vectors, ranks, form)
     bounds = _bounds(vectors, ranks, form)
 
-    def look(row: Array, rank: int, low: float, high: float) -> _order.Between:
-        return _order.highest(row, magnitudes) if rank == 1 else _order.between(row, low, high, magnitudes)
+    def look(rows: Rows, task: int, rank: int, pair: tuple[float, float]) -> _order.Between:
+        if rank > 1 and isinstance(rows, Stored):
+            return rows.between(task, *pair, magnitudes)
+        row = numbers(rows[task][None])[0]
+        return _order.highest(row, magnitudes) if rank == 1 else _order.between(row, *pair, magnitudes)
 
-    def count(rows: Array) -> list[list[_order.Between]]:
-        tasks = zip(rows, bounds, zip(*ranks, strict=True), strict=True)
+    def count(rows: Rows) -> list[list[_order.Between]]:
+        tasks = zip(bounds, zip(*ranks, strict=True), strict=True)
         return [
-            [look(row, rank, *pair) for rank, pair in zip(wanted, pairs, strict=True)] for row, pairs, wanted in tasks
+            [look(rows, task, rank, pair) for rank, pair in zip(wanted, pairs, strict=True)]
+            for task, (pairs, wanted) in enumerate(tasks)
         ]
 
-    counts = vectors.gather(count)
+    counts = vectors.survey_lent(count)
+
+    def kth(place: int, task: int) -> float:
+        parts = [unit[task][place] for unit in counts]
+        return _order.kth_between(parts, ranks[place][task], vectors.numel, *bounds[task][place])
+
     result = []
     for place, wanted in enumerate(ranks):
-        found = [
-            _order.kth_between([unit[task][place] for unit in counts], rank, vectors.numel, *bounds[task][place])
-            for task, rank in enumerate(wanted)
-        ]
+        found = vectors.spread(functools.partial(kth, place), range(len(wanted)))
         if any(math.isnan(value) for value in found):
             exact = reach(vectors, [float(rank) for rank in wanted], None, form)
             found = [other if math.isnan(value) else value for value, other in zip(found, exact, strict=True)]

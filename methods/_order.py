@@ -23,7 +23,7 @@ class Between(NamedTuple):
 
 
 _TOP = 1 << 31
-_NEIGHBOURS = 4  # entries of a sample that lie side by side
+NEIGHBOURS = 4  # entries of a sample that lie side by side
 _LOWEST = 0x007FFFFF  # the key of minus infinity
 
 
@@ -61,12 +61,27 @@ def between(row: Array, low: float, high: float, magnitudes: bool) -> Between:
     The bounds are float32 numbers.
     """
     if len(row) >= _fused.LEAST:
-        room = np.empty(len(row), np.float32)
-        inside, *counts = _fused.between(row, np.float32(low), np.float32(high), magnitudes, room)
-        return Between(room[:inside].copy(), *counts)
+        return between_bits(row.view(np.uint32), None, low, high, magnitudes)
     formed = np.abs(row) if magnitudes else row
     counts = [int(np.count_nonzero(part)) for part in (formed > high, formed == high, formed == low)]
     return Between(formed[(formed > low) & (formed < high)], *counts)
+
+
+def between_bits(row: Array, base: Array | None, low: float, high: float, magnitudes: bool) -> Between:
+    """Do that for a row, less a base, of which the bits are given."""
+    ends, room = np.array([low, high], np.float32) + np.float32(0), np.empty(len(row), np.int32)
+    first, last = (
+        np.int32(-1) if magnitudes and end < 0 else key for end, key in zip(ends, _folded(ends), strict=True)
+    )
+    inside, *counts = _fused.between(row, base, first, last, magnitudes, room)
+    return Between(_folded(room[:inside].view(np.float32)).view(np.float32), *counts)
+
+
+def _folded(numbers: Array) -> Array:
+    """Return the bits of float32 numbers as whole numbers of their order, and such numbers as those bits."""
+    bits = numbers.view(np.int32)
+    result: Array = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return result
 
 
 def highest(row: Array, magnitudes: bool) -> Between:
@@ -94,16 +109,16 @@ def kth_between(parts: Sequence[Between], rank: int, count: int, low: float, hig
 def thinned(x: Any, step: int) -> Any:
     """Return one entry in `step` of the last dimension: runs of neighbours, which are quicker to read."""
     count = thinned_count(x.shape[-1], step)
-    if x.shape[-1] < _NEIGHBOURS * step:
+    if x.shape[-1] < NEIGHBOURS * step:
         return x[..., ::step]
-    even = x[..., : count * step].reshape((*x.shape[:-1], -1, _NEIGHBOURS * step))
-    return even[..., :_NEIGHBOURS].reshape((*x.shape[:-1], count))
+    even = x[..., : count * step].reshape((*x.shape[:-1], -1, NEIGHBOURS * step))
+    return even[..., :NEIGHBOURS].reshape((*x.shape[:-1], count))
 
 
 def thinned_count(size: int, step: int) -> int:
     """Return how many entries that are."""
-    runs = size // (_NEIGHBOURS * step)
-    return _NEIGHBOURS * runs if runs else -(-size // step)
+    runs = size // (NEIGHBOURS * step)
+    return NEIGHBOURS * runs if runs else -(-size // step)
 
 
 def keys(row: Array) -> Array:

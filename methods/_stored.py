@@ -1,7 +1,7 @@
-"""Rows of bfloat16 numbers where they lie: added up, or subtracted, without a copy of each in float32.
+"""Rows of bfloat16 or float32 numbers where they lie: added up, subtracted, or counted, without a copy of each.
 
-What comes out is that of the tensor operations on float32 copies, bit for bit; but for inner products, whose runs are
-added up in another order.
+A row is given by its bits: those of a bfloat16 are the upper half of a float32's. What comes out is that of the tensor
+operations on float32 copies, bit for bit; but for inner products, whose runs are added up in another order.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, TypeAlias, overload
 import numpy as np
 import torch
 
-from mergectl.methods import _fused
+from mergectl.methods import _fused, _order
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
@@ -61,82 +61,118 @@ class Stored(Sequence["torch.Tensor"]):
 
     def inner(self) -> list[list[float]]:
         """Return the inner products of all pairs of rows: those of short runs in float32, summed in float64."""
-        found = {}
-        for i, j in itertools.combinations_with_replacement(range(len(self)), 2):
-            found[i, j] = found[j, i] = _inner(self.rows[i], self.rows[j], self.base)
-        return [[found[i, j] for j in range(len(self))] for i in range(len(self))]
+        result = [[0.0] * len(self) for _ in self.rows]
+        pairs = itertools.combinations(range(len(self)), 2) if len(self) > 1 else [(0, 0)]
+        for i, j in pairs:
+            result[i][i], result[i][j], result[j][j] = _inner(self.rows[i], self.rows[j], self.base)
+            result[j][i] = result[i][j]
+        return result
+
+    def thinned(self, step: int) -> Array:
+        """Return one entry in `step`, in runs of neighbours: [task, elements]."""
+        result = np.empty((len(self), _order.thinned_count(len(self.rows[0]), step)), np.float32)
+        for row, found in zip(self.rows, result, strict=True):
+            _thinned(row, self.base, step, _order.NEIGHBOURS, found)
+        return result
+
+    def between(self, place: int, low: float, high: float, magnitudes: bool) -> _order.Between:
+        """Count and collect a row's entries, or magnitudes, between two bounds."""
+        return _order.between_bits(self.rows[place], self.base, low, high, magnitudes)
 
 
 STRETCH = 1024  # elements that are gone through together
+_WHOLE = {torch.bfloat16: torch.int16, torch.float32: torch.int32}  # types of numbers of as many bits
 
 _contracted = functools.partial(_fused.compiled, fastmath=["contract"])  # sums of products are rounded once
 
 
 @_contracted
 def _scaled(row: Array, base: Array | None, weight: np.float32, out: Array) -> None:
-    """Give a row, less the base, times a weight. The bits of a bfloat16 are the upper half of a float32's."""
+    """Give a row, less the base, times a weight."""
+    shift = np.uint32(32 - 8 * row.itemsize)
     for start in range(0, out.shape[0], STRETCH):
         part, to = row[start : start + STRETCH], out[start : start + STRETCH]
         below = part if base is None else base[start : start + STRETCH]
         for i in range(to.shape[0]):
-            x = np.uint32(np.uint32(part[i]) << 16).view(np.float32)
+            x = np.uint32(np.uint32(part[i]) << shift).view(np.float32)
             if base is not None:
-                x -= np.uint32(np.uint32(below[i]) << 16).view(np.float32)
+                x -= np.uint32(np.uint32(below[i]) << shift).view(np.float32)
             to[i] = x * weight
 
 
 @_contracted
 def _add_scaled(row: Array, base: Array | None, weight: np.float32, out: Array) -> None:
     """Add a row, less the base, times a weight."""
+    shift = np.uint32(32 - 8 * row.itemsize)
     for start in range(0, out.shape[0], STRETCH):
         part, to = row[start : start + STRETCH], out[start : start + STRETCH]
         below = part if base is None else base[start : start + STRETCH]
         for i in range(to.shape[0]):
-            x = np.uint32(np.uint32(part[i]) << 16).view(np.float32)
+            x = np.uint32(np.uint32(part[i]) << shift).view(np.float32)
             if base is not None:
-                x -= np.uint32(np.uint32(below[i]) << 16).view(np.float32)
+                x -= np.uint32(np.uint32(below[i]) << shift).view(np.float32)
             to[i] += x * weight
 
 
 @_contracted
 def _go_towards(row: Array, base: Array | None, share: np.float32, out: Array) -> None:
     """Go a share of the way from what there is so far to a row, less the base."""
+    shift = np.uint32(32 - 8 * row.itemsize)
     for start in range(0, out.shape[0], STRETCH):
         part, to = row[start : start + STRETCH], out[start : start + STRETCH]
         below = part if base is None else base[start : start + STRETCH]
         for i in range(to.shape[0]):
-            x = np.uint32(np.uint32(part[i]) << 16).view(np.float32)
+            x = np.uint32(np.uint32(part[i]) << shift).view(np.float32)
             if base is not None:
-                x -= np.uint32(np.uint32(below[i]) << 16).view(np.float32)
+                x -= np.uint32(np.uint32(below[i]) << shift).view(np.float32)
             to[i] += share * (x - to[i])
 
 
 @_fused.compiled
 def _on_top(base: Array, x: Array, out: Array) -> None:
     """Add float32 numbers to a base."""
+    shift = np.uint32(32 - 8 * base.itemsize)
     for start in range(0, out.shape[0], STRETCH):
         below, part, to = base[start : start + STRETCH], x[start : start + STRETCH], out[start : start + STRETCH]
         for i in range(to.shape[0]):
-            to[i] = np.uint32(np.uint32(below[i]) << 16).view(np.float32) + part[i]
+            to[i] = np.uint32(np.uint32(below[i]) << shift).view(np.float32) + part[i]
 
 
 @functools.partial(_fused.compiled, fastmath=["contract", "reassoc"])
-def _inner(a: Array, b: Array, base: Array | None) -> float:
-    """Give the inner product of two rows, less the base: of each stretch in float32, summed in float64."""
-    total = 0.0
+def _inner(a: Array, b: Array, base: Array | None) -> tuple[float, float, float]:
+    """Give the products a a, a b and b b of two rows, less the base: of each stretch in float32, summed in float64."""
+    first, across, second, shift = 0.0, 0.0, 0.0, np.uint32(32 - 8 * a.itemsize)
     for start in range(0, a.shape[0], STRETCH):
         one, other = a[start : start + STRETCH], b[start : start + STRETCH]
-        below, part = one if base is None else base[start : start + STRETCH], np.float32(0)
+        below = one if base is None else base[start : start + STRETCH]
+        xx, xy, yy = np.float32(0), np.float32(0), np.float32(0)
         for i in range(one.shape[0]):
-            x = np.uint32(np.uint32(one[i]) << 16).view(np.float32)
-            y = np.uint32(np.uint32(other[i]) << 16).view(np.float32)
+            x = np.uint32(np.uint32(one[i]) << shift).view(np.float32)
+            y = np.uint32(np.uint32(other[i]) << shift).view(np.float32)
             if base is not None:
-                z = np.uint32(np.uint32(below[i]) << 16).view(np.float32)
+                z = np.uint32(np.uint32(below[i]) << shift).view(np.float32)
                 x -= z
                 y -= z
-            part += x * y
-        total += np.float64(part)
-    return total
+            xx += x * x
+            xy += x * y
+            yy += y * y
+        first += np.float64(xx)
+        across += np.float64(xy)
+        second += np.float64(yy)
+    return first, across, second
+
+
+@_fused.compiled
+def _thinned(row: Array, base: Array | None, step: int, run: int, out: Array) -> None:
+    """Give the first `run` of every `run` * `step` entries, less the base; of a short row one in `step`."""
+    shift = np.uint32(32 - 8 * row.itemsize)
+    run = run if row.shape[0] >= run * step else 1
+    for i in range(out.shape[0]):
+        place = i // run * run * step + i % run
+        x = np.uint32(np.uint32(row[place]) << shift).view(np.float32)
+        if base is not None:
+            x -= np.uint32(np.uint32(base[place]) << shift).view(np.float32)
+        out[i] = x
 
 
 @_fused.compiled
@@ -151,12 +187,24 @@ def _rounded(x: Array, out: Array) -> bool:
 
 
 def bits(rows: Iterable[torch.Tensor]) -> list[Array] | None:
-    """Return the bits of flat bfloat16 rows in main memory that are long enough for the loops, else None."""
-    found: list[Array] = []
+    """Return the bits of rows in main memory, if the loops can serve them, and are worth it."""
+    return alike(_bits(row) for row in rows)
+
+
+def _bits(row: torch.Tensor) -> Array | None:
+    if row.dtype not in _WHOLE or not row.is_cpu or not row.is_contiguous() or not is_long(row):
+        return None
+    own = row.view(_WHOLE[row.dtype]).view(-1).numpy()
+    return own.view(f"<u{own.itemsize}")
+
+
+def alike(rows: Iterable[Array | None]) -> list[Array] | None:
+    """Return the bits of rows if there are those of all, of one type and long enough for the loops, else None."""
+    found = list[Array]()
     for row in rows:
-        if row.dtype != torch.bfloat16 or not row.is_cpu or not row.is_contiguous() or not is_long(row):
+        if row is None or len(row) < _fused.LEAST or (found and row.dtype != found[0].dtype):
             return None
-        found.append(row.view(torch.int16).view(-1).numpy().view(np.uint16))
+        found.append(row)
     return found
 
 

@@ -22,6 +22,7 @@ Rows: TypeAlias = "Sequence[torch.Tensor] | torch.Tensor"  # one per task
 _CHUNK = 1 << 17  # elements summed at once: a sum is the same whether weights come whole or in blocks
 _RUN = 1 << 10  # elements whose inner products are taken in their own type
 _LONG = 1 << 17  # elements from which on they are
+_SHARES = 16  # of the work, if each is of one thread, that no thread may be left with a large one
 
 
 class TaskVectors(Mapping[str, "torch.Tensor"]):
@@ -115,6 +116,21 @@ class TaskVectors(Mapping[str, "torch.Tensor"]):
         if names:
             yield self.only(names)
 
+    def per_weight(self, work: Callable[[TaskVectors], Any], together: int = 1) -> Iterator[Any]:
+        """Yield what work on each weight's own vectors gives, in order.
+
+        Each is the work of one thread; but that of a large weight is shared among all, block by block.
+        """
+        waiting: list[TaskVectors] = []
+        for part in self.by_weight(together):
+            if part.numel * _SHARES < self.numel:
+                waiting.append(part)
+                continue
+            yield from self._spread(work, waiting)
+            waiting = []
+            yield work(part)
+        yield from self._spread(work, waiting)
+
     def map(self, change: Callable[[str, torch.Tensor], torch.Tensor], *, by_entry: bool = False) -> TaskVectors:
         """Return vectors changed weight by weight as they are read.
 
@@ -174,6 +190,10 @@ class TaskVectors(Mapping[str, "torch.Tensor"]):
     def survey(self, function: Callable[[str, torch.Tensor], Any]) -> list[Any]:
         """Return what `function(name, x)` says of every weight, in order; it keeps nothing of what it is lent."""
         return list(self._spread(lambda name: function(name, self._read(name)), list(self)))
+
+    def survey_lent(self, function: Callable[[Rows], Any]) -> list[Any]:
+        """Return what a function says of every weight's rows as they are lent, unchecked, in order."""
+        return list(self._spread(lambda name: function(self._lend(name)), list(self)))
 
     def gather(self, function: Callable[[Array], Any]) -> list[Any]:
         """Return what a function says of every weight's flat float32 numbers [task, elements], in order."""

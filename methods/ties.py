@@ -19,6 +19,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
@@ -152,15 +153,16 @@ def merge(
         if elect == "mass" and signs is None and combine in ("disjoint_mean", "disjoint_sum"):
             instead = when_drawn(zero_sign, left, lambda name, x: _elections.balance(x, voters))
             take = functools.partial(_elections.agreed, instead=instead, mean=combine == "disjoint_mean")
-            return left.each(lambda name, x: take(x, voters).mul_(scale))
+            return left.each(lambda name, x: take(x, voters).mul_(scale) if scale != 1 else take(x, voters))
         trimmed = left.map(lambda name, x: voters.of(x))
         sign_of = elected(trimmed, elect, zero_sign, signs)
         return trimmed.each(
             lambda name, x: scale * combined(x, combine, None if sign_of is None else sign_of(name, x), weights)
         )
 
-    for part in task_vectors.by_weight() if how.by_tensor else [task_vectors]:
-        yield from agreed(part)
+    if not how.by_tensor:
+        return agreed(task_vectors)
+    return itertools.chain.from_iterable(task_vectors.per_weight(lambda part: list(agreed(part))))
 
 
 def when_drawn(zero_sign: str, part: TaskVectors, balance: Callable[[str, torch.Tensor], int]) -> float:

@@ -11,7 +11,7 @@ import hypothesis.extra.numpy as arrays
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from mergectl import blocks, merge_weights, settings
@@ -219,12 +219,13 @@ def test_copies_of_one_expert_keep_its_entries_or_drop_them(
     assert bool((got[(shares == 0).all(dim=0)] == 0).all())
 
 
-# With very few entries the normalised ones of two tasks can cancel, and equal scores are no case of the rule.
+# Where two tasks have their largest entry, 1 and -1 cancel; equal scores are no case of the rule.
 @given(st.integers(1, 5), st.integers(20, 300), ratios, st.sampled_from(PROGRAMS), st.integers(0, 99))
 def test_so_many_entries_of_each_expert_have_a_share(
     tasks: int, count: int, ratio: float, variant: str, seed: int
 ) -> None:
     x = torch.randn(tasks, count, generator=torch.Generator().manual_seed(seed))
+    assume(len(set(x.abs().argmax(dim=1).tolist())) == tasks)
     _, shares = standing(x, variant, ratio, winsor=0.0)
     assert [int((row > 0).sum()) for row in shares] == [count - math.floor(count * (1 - ratio)) - 1] * tasks
 
