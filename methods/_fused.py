@@ -208,9 +208,8 @@ def between(
             x = np.uint32(np.uint32(part[i]) << shift).view(np.float32)
             if base is not None:
                 x -= np.uint32(np.uint32(below[i]) << shift).view(np.float32)
-            bits = np.float32(x + np.float32(0)).view(np.int32)  # + 0 turns -0 into 0
-            folded = np.int32(bits & np.int32(0x7FFFFFFF))
-            key = folded if magnitudes else np.int32(bits ^ np.int32(np.int32(bits >> 31) & np.int32(0x7FFFFFFF)))
+            bits = np.float32((abs(x) if magnitudes else x) + np.float32(0)).view(np.int32)  # + 0 turns -0 into 0
+            key = np.int32(bits ^ np.int32(np.int32(bits >> 31) & np.int32(0x7FFFFFFF)))
             keys[i] = key
             more += np.int32(key > high)
             highs += np.int32(key == high)

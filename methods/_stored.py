@@ -81,7 +81,6 @@ class Stored(Sequence["torch.Tensor"]):
 
 
 STRETCH = 1024  # elements that are gone through together
-_WHOLE = {torch.bfloat16: torch.int16, torch.float32: torch.int32}  # types of numbers of as many bits
 
 _contracted = functools.partial(_fused.compiled, fastmath=["contract"])  # sums of products are rounded once
 
@@ -192,9 +191,10 @@ def bits(rows: Iterable[torch.Tensor]) -> list[Array] | None:
 
 
 def _bits(row: torch.Tensor) -> Array | None:
-    if row.dtype not in _WHOLE or not row.is_cpu or not row.is_contiguous() or not is_long(row):
+    whole = {torch.bfloat16: torch.int16, torch.float32: torch.int32}.get(row.dtype)  # of as many bits
+    if whole is None or not row.is_cpu or not row.is_contiguous() or not is_long(row):
         return None
-    own = row.view(_WHOLE[row.dtype]).view(-1).numpy()
+    own = row.view(whole).view(-1).numpy()
     return own.view(f"<u{own.itemsize}")
 
 

@@ -116,8 +116,8 @@ class TaskVectors(Mapping[str, "torch.Tensor"]):
         if names:
             yield self.only(names)
 
-    def per_weight(self, work: Callable[[TaskVectors], Any], together: int = 1) -> Iterator[Any]:
-        """Yield what work on each weight's own vectors gives, in order.
+    def per_weight(self, work: Callable[[TaskVectors], Iterable[Any]], together: int = 1) -> Iterator[Any]:
+        """Yield all that work on each weight's own vectors gives, in order.
 
         Each is the work of one thread; but that of a large weight is shared among all, block by block.
         """
@@ -126,10 +126,12 @@ class TaskVectors(Mapping[str, "torch.Tensor"]):
             if part.numel * _SHARES < self.numel:
                 waiting.append(part)
                 continue
-            yield from self._spread(work, waiting)
+            yield from itertools.chain(self._finished(work, waiting), work(part))
             waiting = []
-            yield work(part)
-        yield from self._spread(work, waiting)
+        yield from self._finished(work, waiting)
+
+    def _finished(self, work: Callable[[TaskVectors], Iterable[Any]], parts: Sequence[TaskVectors]) -> Iterator[Any]:
+        return itertools.chain.from_iterable(self._spread(lambda part: list(work(part)), parts))
 
     def map(self, change: Callable[[str, torch.Tensor], torch.Tensor], *, by_entry: bool = False) -> TaskVectors:
         """Return vectors changed weight by weight as they are read.

@@ -19,7 +19,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
@@ -160,9 +159,7 @@ def merge(
             lambda name, x: scale * combined(x, combine, None if sign_of is None else sign_of(name, x), weights)
         )
 
-    if not how.by_tensor:
-        return agreed(task_vectors)
-    return itertools.chain.from_iterable(task_vectors.per_weight(lambda part: list(agreed(part))))
+    return task_vectors.per_weight(agreed) if how.by_tensor else agreed(task_vectors)
 
 
 def when_drawn(zero_sign: str, part: TaskVectors, balance: Callable[[str, torch.Tensor], int]) -> float:
