@@ -47,9 +47,10 @@ def merge(
     def score(name: str, x: torch.Tensor) -> torch.Tensor:
         return importance(x[0], base[name])
 
-    for part in task_vectors.by_weight():
-        floor = threshold(part.row(score), spread)
-        yield from part.each(functools.partial(kept, score, floor))
+    def of_weight(part: TaskVectors) -> Merged:
+        return part.each(functools.partial(kept, score, threshold(part.row(score), spread)))
+
+    return task_vectors.per_weight(of_weight)
 
 
 def kept(score: Callable[[str, torch.Tensor], torch.Tensor], floor: float, name: str, x: torch.Tensor) -> torch.Tensor:

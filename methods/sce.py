@@ -41,11 +41,14 @@ def merge(
     density: Annotated[float, Between(0.0, 1.0, search=(0.05, 1.0)), "share of each weight's entries selected"] = 1.0,
 ) -> Merged:
     """Yield for each weight the mean of agreeing entries, each task weighted by its mean square."""
-    for part in task_vectors.by_weight():
+
+    def of_weight(part: TaskVectors) -> Merged:
         chosen = part if density >= 1 else select(part, density)
         energies = chosen.square_norms()
         largest = max(energies) or 1.0
-        yield from chosen.each(functools.partial(weighted, [energy / largest for energy in energies]))
+        return chosen.each(functools.partial(weighted, [energy / largest for energy in energies]))
+
+    return task_vectors.per_weight(of_weight)
 
 
 def select(part: TaskVectors, density: float) -> TaskVectors:

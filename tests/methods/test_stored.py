@@ -1,7 +1,8 @@
-"""Rows of bfloat16 numbers that are not copied give what their copies in float32 give."""
+"""Rows of bfloat16 and float32 numbers that are not copied give what their copies in float32 give."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
@@ -14,13 +15,14 @@ from hypothesis import strategies as st
 
 from mergectl import merge_weights
 from mergectl.errors import UserError
-from mergectl.methods import _fused, _kernels, _stored
+from mergectl.methods import _fused, _kernels, _order, _stored
 from mergectl.tensorfiles import SafetensorsWriter
 
 Change: TypeAlias = "Callable[[torch.Tensor], torch.Tensor]"
 
 SIZES = st.sampled_from([1, _stored.STRETCH, _stored.STRETCH + 7])
 SEEDS = st.integers(0, 2**32 - 1)
+DTYPES = st.sampled_from([torch.bfloat16, torch.float32])
 
 
 @pytest.fixture(autouse=True)
@@ -28,10 +30,10 @@ def loops_serve_all_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_fused, "LEAST", 1)
 
 
-def rows_of(seed: int, count: int, size: int) -> list[torch.Tensor]:
+def rows_of(seed: int, count: int, size: int, dtype: torch.dtype = torch.bfloat16) -> list[torch.Tensor]:
     chance = torch.Generator().manual_seed(seed)
     magnitudes = torch.randint(-6, 6, (count, size), generator=chance).double().exp2()
-    return list((torch.randn(count, size, generator=chance) * magnitudes).bfloat16())
+    return list((torch.randn(count, size, generator=chance) * magnitudes).to(dtype))
 
 
 def stored(rows: list[torch.Tensor], base: torch.Tensor | None = None) -> tuple[_stored.Stored, torch.Tensor]:
@@ -43,9 +45,11 @@ def stored(rows: list[torch.Tensor], base: torch.Tensor | None = None) -> tuple[
 
 
 @settings(deadline=None, max_examples=30)
-@given(SEEDS, st.integers(1, 5), SIZES, st.booleans())
-def test_sums_and_means_are_those_of_copies_bit_for_bit(seed: int, count: int, size: int, on_base: bool) -> None:
-    *rows, base = rows_of(seed, count + 1, size)
+@given(SEEDS, st.integers(1, 5), SIZES, st.booleans(), DTYPES)
+def test_sums_and_means_are_those_of_copies_bit_for_bit(
+    seed: int, count: int, size: int, on_base: bool, dtype: torch.dtype
+) -> None:
+    *rows, base = rows_of(seed, count + 1, size, dtype)
     lent, copies = stored(rows, base if on_base else None)
     weights = [0.4, -1.5, 1 / 3, 2.0, 0.0][:count]
     assert len(lent) == count and all(torch.equal(lent[i], copies[i]) for i in range(count))
@@ -55,6 +59,35 @@ def test_sums_and_means_are_those_of_copies_bit_for_bit(seed: int, count: int, s
     exact = copies.double() @ copies.double().T
     size_of = torch.outer(copies.double().norm(dim=1), copies.double().norm(dim=1))
     assert ((torch.tensor(lent.inner(), dtype=torch.float64) - exact).abs() <= 1e-6 * size_of).all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(SEEDS, SIZES, st.booleans(), st.booleans(), DTYPES, st.data())
+def test_entries_between_bounds_are_counted_as_those_of_copies(
+    seed: int, size: int, on_base: bool, magnitudes: bool, dtype: torch.dtype, data: st.DataObject
+) -> None:
+    row, base = rows_of(seed, 2, size, dtype)
+    row[: size // 3] = base[: size // 3] if on_base else -0.0  # entries that are zero, of both signs
+    lent, copies = stored([row], base if on_base else None)
+    entries = copies[0].abs() if magnitudes else copies[0]
+    ends = st.sampled_from([-math.inf, math.inf, 0.0, -0.0, *entries[:: max(size // 50, 1)].tolist()])
+    low, high = sorted((data.draw(ends), data.draw(ends)))
+    found = lent.between(0, low, high, magnitudes)
+    inside = entries[(entries > low) & (entries < high)]
+    assert found.inside.tolist() == inside.tolist()
+    counts = [int(part.sum()) for part in (entries > high, entries == high, entries == low)]
+    assert [found.above, found.at_high, found.at_low] == counts
+    if not on_base and dtype == torch.float32:
+        alone = _order.between(row.numpy(), low, high, magnitudes)
+        assert alone.inside.tolist() == inside.tolist() and list(alone[1:]) == counts
+
+
+@settings(deadline=None, max_examples=30)
+@given(SEEDS, st.sampled_from([1, 5, 31, 32, 127, 128, 129, 5000]), st.booleans(), DTYPES, st.integers(1, 40))
+def test_a_sample_is_that_of_the_copies(seed: int, size: int, on_base: bool, dtype: torch.dtype, step: int) -> None:
+    *rows, base = rows_of(seed, 3, size, dtype)
+    lent, copies = stored(rows, base if on_base else None)
+    assert lent.thinned(step).tolist() == _order.thinned(copies.numpy(), step).tolist()
 
 
 @settings(deadline=None, max_examples=50)
@@ -71,9 +104,10 @@ def test_numbers_are_rounded_as_torch_rounds_them(numbers: list[float]) -> None:
         assert torch.equal(found.view(torch.int16), wanted.view(torch.int16))
 
 
-def test_only_bfloat16_in_main_memory_and_in_one_piece_is_read_where_it_lies() -> None:
+def test_only_bfloat16_or_float32_in_main_memory_and_in_one_piece_is_read_where_it_lies() -> None:
     x = torch.zeros(4, 6, dtype=torch.bfloat16)
-    assert _stored.bits([x, x]) is not None
+    assert _stored.bits([x, x]) is not None and _stored.bits([x.float(), x.float()]) is not None
+    assert all(_stored.bits([other, other]) is None for other in (x.half(), x.double(), x.int()))
     assert all(_stored.bits([x, other]) is None for other in (x.float(), x.half(), x[:, ::2], x.T, x.to("meta")))
 
 
