@@ -21,8 +21,8 @@ from mergectl.range_ends import check_ends
 from mergectl.refs import Ref, Stack, ref_of
 from mergectl.reheading import HeadedModel
 from mergectl.samplers import check_plan, check_sampler
-from mergectl.settings import MethodInfo, describe
-from mergectl.space import Dimension, space
+from mergectl.settings import MethodInfo, describe, settings_of
+from mergectl.space import Dimension, space, standing
 from mergectl.stacking import CutTokens, Stacked
 from mergectl.supplies import settled_options, supplies_of
 from mergectl.tasks import check_split, task_version
@@ -98,7 +98,7 @@ class Prepared:
             "dtype": job.merge.dtype,
             "data": None if self.lab.data is None else str(self.lab.data.absolute()),
             "version": __version__,
-            **options_config(self.lab, job.merge, self.family),
+            **options_config(self.lab, _standing(job), self.family),
             **{key: value for key, value in more.items() if value is not None},
         }
 
@@ -124,7 +124,8 @@ class Prepared:
     @functools.cached_property
     def supplies(self) -> dict[str, Any]:
         """What the lab supplies to every candidate; calibration happens here, if it has not yet."""
-        return supplies_of(self.lab, self.family, self.job.merge.recipe, self.job.merge.options)
+        merge = _standing(self.job)
+        return supplies_of(self.lab, self.family, merge.recipe, merge.options)
 
     def judge(self) -> Judge | Measured:
         """Read the models and make ready to score candidates."""
@@ -136,7 +137,7 @@ class Prepared:
         how["varying"] = {d.setting for d in self.plan.dimensions}
         free = {d.setting for d in self.plan.dimensions if d.kind == "float" and not d.step}
         how["again"] = self.plan.sampler == "grid" or free <= set(describe(job.merge.recipe.method).linear)
-        judge = Judge(self.lab, job.merge.recipe, self.family, self.tasks, supplies=self.supplies, **how)
+        judge = Judge(self.lab, _standing(job).recipe, self.family, self.tasks, supplies=self.supplies, **how)
         return Measured(judge) if "size" in self.plan.objectives else judge
 
 
@@ -152,15 +153,16 @@ def prepare(lab: Lab, job: SearchJob) -> Prepared:
     info = describe(job.merge.recipe.method)
     check_words(lab, job.merge)
     family = open_family(job.merge.base, job.merge.experts, lab.find_run)
-    check_base(info.name, steps_of(job.merge.recipe, list(family.experts)), family.has_base)
-    options = settled_options(job.merge.recipe, family, job.merge.options)
+    recipe = _standing(job).recipe
+    check_base(info.name, steps_of(recipe, list(family.experts)), family.has_base)
+    options = settled_options(recipe, family, job.merge.options)
     job = replace(job, merge=replace(job.merge, options=options))
     fixed = dict(job.merge.recipe.settings)
     dimensions = space(
         info.settings, list(family.experts), ranges=job.ranges, fixed=fixed, per_task=job.per_task,
         per_layer=_layered(job.per_layer, info), names=list(family.population.base),
     )  # fmt: skip
-    check_ends(info, dimensions, fixed, list(family.experts))
+    check_ends(info, dimensions, recipe.settings, list(family.experts))
     tasks = lab.tasks(job.words or list(dict.fromkeys(family.task_ids[task] for task in family.experts)))
     check_split(tasks, job.split)
     objectives = read_objectives(job.objective, [task.id for task in tasks])
@@ -171,6 +173,13 @@ def prepare(lab: Lab, job: SearchJob) -> Prepared:
     )  # fmt: skip
     check_plan(plan)
     return Prepared(lab, job, family, tasks, plan)
+
+
+def _standing(job: SearchJob) -> MergeJob:
+    """The merge with those fixed settings alone that mean something in every candidate."""
+    recipe = job.merge.recipe
+    settings = standing(settings_of(recipe.method), recipe.settings, job.ranges)
+    return replace(job.merge, recipe=replace(recipe, settings=settings))
 
 
 def _layered(texts: Sequence[str], info: MethodInfo) -> dict[str, int]:

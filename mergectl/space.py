@@ -38,6 +38,7 @@ class Dimension:
     patterns: tuple[str, ...] = ()
     log: bool = False  # equal factors count as equal steps
     beside: Beside | None = None  # the values of another setting without which it means nothing
+    gives: tuple[tuple[str, Beside], ...] = ()  # the fixed settings that mean something beside some of its values
 
     @property
     def name(self) -> str:
@@ -109,8 +110,17 @@ def space(
     found: list[Dimension] = []
     for name in chosen:
         own = {pattern: ranges[f"{name}@{pattern}" if pattern else name] for n, pattern in parts if n == name}
-        found += _spread(settings[name], own, tasks if name in per_task else (), layered.get(name), names)
+        made = _spread(settings[name], own, tasks if name in per_task else (), layered.get(name), names)
+        gives = tuple((n, b) for n in fixed if (b := settings[n].beside) is not None and b.setting == name)
+        found += [replace(dimension, gives=gives) for dimension in made]
     return found
+
+
+def standing(settings: Mapping[str, Setting], fixed: Mapping[str, Any], ranged: Mapping[str, str]) -> dict[str, Any]:
+    """The fixed settings without those that only some values of a searched one give a meaning."""
+    searched = {name.partition("@")[0] for name in ranged}
+    waiting = {name for name in fixed if (b := settings[name].beside) is not None and b.setting in searched}
+    return {name: value for name, value in fixed.items() if name not in waiting}
 
 
 def _check_names(
@@ -254,9 +264,9 @@ def to_settings(params: Mapping[str, Any], dimensions: Sequence[Dimension], fixe
                 place, key = place.setdefault(key, {}), dimension.task
             place[key] = value
     for dimension in dimensions:  # a candidate leaves out what has no meaning in it
-        beside = dimension.beside
-        if beside is not None and beside.setting in settings and not meant(beside, settings[beside.setting]):
-            settings.pop(dimension.setting, None)
+        for name, beside in ((dimension.setting, dimension.beside), *dimension.gives):
+            if beside is not None and beside.setting in settings and not meant(beside, settings[beside.setting]):
+                settings.pop(name, None)
     return settings
 
 

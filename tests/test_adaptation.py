@@ -468,8 +468,18 @@ def test_settings_that_differ_between_weights_are_refused(cli: Cli, population: 
 
 def test_a_search_may_adapt_in_every_trial(cli: Cli, population: Path) -> None:
     two = [population / "parity", population / "loop"]
-    how = ["--range", "scale=0.2:0.4", "--fix", "steps=1", "--fix", "lr=0.01", "--trials", 2, "--limit", 20]
+    how = ["--range", "scale=0.2:0.4", "--fix", "steps=1", "--fix", "lr=0.01", "--trials", "2", "--limit", "20"]
     code = cli("search", "adamerging", "--base", population / "base", "--experts", *two, "-o", "best", *how,
                "--adapt", "batch-size=4")  # fmt: skip
     assert code == 0
     assert Path("best/adaptation.json").exists()
+
+
+def test_a_search_may_vary_what_a_fixed_setting_needs(cli: Cli, population: Path) -> None:
+    two = [population / "parity", population / "loop"]
+    how = ["--range", "plus=true,false", "--fix", "density=0.3", "--fix", "steps=1", "--sampler", "grid"]
+    how += ["--fix", "scale=0.3", "--fix", "lr=0.01", "--trials", "2", "--limit", "20"]
+    assert cli("search", "adamerging", "--base", population / "base", "--experts", *two, "-o", "best", *how,
+               "--adapt", "batch-size=4") == 0  # fmt: skip
+    found = json.loads(Path("best/mergectl.json").read_text())["recipe"]["settings"]
+    assert found["density"] == 0.3 or not found["plus"]

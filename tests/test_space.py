@@ -66,6 +66,10 @@ def test_what_would_change_nothing_is_searched_only_beside_what_gives_it_a_meani
     params = {d.name: d.at(0.0) for d in found}
     assert to_settings({**params, "plus": True}, found, {})["density"] == 0.1
     assert "density" not in to_settings({**params, "plus": False}, found, {})
+    found = of("adamerging", fixed={"density": 0.3}, plus="true,false")
+    params = {d.name: d.at(0.0) for d in found}
+    assert to_settings({**params, "plus": True}, found, {"density": 0.3})["density"] == 0.3
+    assert "density" not in to_settings({**params, "plus": False}, found, {"density": 0.3})
 
 
 def test_a_range_on_the_command_line_wins_over_the_declared_one() -> None:
