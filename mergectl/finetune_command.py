@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mergectl.errors import UserError
 from mergectl.lab import Lab
 
+if TYPE_CHECKING:
+    from mergectl.grid import Grid
+
 OWNERSHIP = "For medusa"
+LORA, WARMING = "with --peft lora", "with another --scheduler, such as constant_with_warmup"
+# Of a setting whether it changes anything beside the others, and where it does.
+MEANINGS: tuple[tuple[str, Callable[[Mapping[str, Any]], bool], str], ...] = (
+    *((name, lambda others: others.get("peft") == "lora", LORA) for name in ("rank", "alpha", "dropout")),
+    ("targets", lambda others: others.get("peft", "none") != "none", "with --peft lora or --peft ia3"),
+    ("warmup", lambda others: others.get("warmup_steps") is None,
+     "without --warmup-steps, which says the same in steps"),
+    ("warmup", lambda others: others.get("scheduler") != "constant" or not others.get("warmup"), WARMING),
+    ("warmup_steps", lambda others: others.get("scheduler") != "constant" or not others.get("warmup_steps"), WARMING),
+)  # fmt: skip
 
 
 def finetune(
@@ -136,17 +149,17 @@ def finetune(
     lab.terminal.give(results, lambda: print_table("Experts", ("task", "folder", "tune score", "run"), rows, left=2))
 
 
-def _refuse_idle(typed: Collection[str], grid: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-    """Refuse a setting that changes nothing for want of another one's value; those of a preset are not known here."""
-    adapters = set(grid.get("peft", (options.get("peft", "none"),)))
-    constant = set(grid.get("scheduler", (options.get("scheduler"),))) == {"constant"}
-    rows = [(name, "lora" in adapters, "with --peft lora") for name in ("rank", "alpha", "dropout")]
-    rows += [("targets", adapters != {"none"}, "with --peft lora or --peft ia3")]
-    rows += [("warmup", "warmup_steps" not in typed, "without --warmup-steps, which says the same in steps")]
-    rows += [(name, not constant or not options.get(name), "with another --scheduler, such as constant_with_warmup")
-             for name in ("warmup", "warmup_steps")]  # fmt: skip
-    for name, meant, where in rows:
-        if not meant and (name in typed or name in grid):
+def _refuse_idle(typed: Collection[str], grid: Grid, options: Mapping[str, Any]) -> None:
+    """Refuse a setting that changes nothing for want of another one's value; those of a preset are not known here.
+
+    One that the grid varies must have a meaning at each of its points, or several would be the same training.
+    """
+    from mergectl.grid import points
+
+    every = [{**options, **point} for point in points(grid)]
+    for name, means, where in MEANINGS:
+        found = [means(point) for point in every]
+        if (name in grid and not all(found)) or (name in typed and not any(found)):
             option = "--" + name.replace("_", "-")
             raise UserError(f"{option} has a meaning only {where}. Change that, or leave {option} out.")
 
