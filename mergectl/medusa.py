@@ -26,6 +26,7 @@ from mergectl.verbs import Masked, Result, base_source, finetune_experts
 
 if TYPE_CHECKING:
     from mergectl.benchmarks._contract import Task
+    from mergectl.division import Division
     from mergectl.finetune_config import FinetuneConfig
     from mergectl.models import Source
 
@@ -171,27 +172,33 @@ def _make(
     lab: Lab, work: _Work, config: Mapping[str, Any], inputs: Sequence[Input], folders: Mapping[str, Path],
     *, force: bool,
 ) -> str:  # fmt: skip
-    """Decide who owns what and write one file of masks per task; return the run's id."""
-    from mergectl import division
+    """Decide who owns what and write one file of masks per task; return the run's id.
 
-    place = work.out / "masks"
-    with lab.start("masks", config, seed=work.plan.seed, name=f"masks-{work.plan.kind}", inputs=inputs) as run:
-        lab.terminal.say(f"Masks: dividing the model's elements among {', '.join(work.files)}")
-        if folders:
-            models = division.of(work.source, work.tasks[0], work.config, folders, work.references)
-        else:
-            models = division.untrained(work.source, work.tasks, work.config)
+    What is refused leaves no run: masks that lie there already are compared before one is opened.
+    """
+    models, place, found = _division(work, folders), work.out / "masks", None
+    lab.terminal.say(f"Masks: dividing the model's elements among {', '.join(work.files)}")
+    if place.exists() and not force:
         found = make_masks(models.base, models.branches, models.references, work.plan, models.order)
         if not _lie_there(found, work.files):
-            if place.exists() and not force:
-                raise UserError(
-                    f"{place} holds the masks of another job. Choose another -o, or replace them with --force."
-                )
+            raise UserError(f"{place} holds the masks of another job. Choose another -o, or replace them with --force.")
+    with lab.start("masks", config, seed=work.plan.seed, name=f"masks-{work.plan.kind}", inputs=inputs) as run:
+        found = found or make_masks(models.base, models.branches, models.references, work.plan, models.order)
+        if not _lie_there(found, work.files):
             _write(place, found, work.files)
         _record(run, found, work.files)
     for line in _owners(found):
         lab.terminal.say(line)
     return str(run.id)
+
+
+def _division(work: _Work, folders: Mapping[str, Path]) -> Division:
+    """The models that the masks are made from, opened."""
+    from mergectl import division
+
+    if folders:
+        return division.of(work.source, work.tasks[0], work.config, folders, work.references)
+    return division.untrained(work.source, work.tasks, work.config)
 
 
 def _owners(found: Ownership) -> list[str]:

@@ -170,6 +170,7 @@ def test_masks_of_another_plan_do_not_replace_those_that_experts_were_trained_wi
     assert cli(*words) == 2
     assert "runs/masks holds the masks of another job" in capsys.readouterr().err
     assert Path("runs/masks/loop.safetensors").read_bytes() == before
+    assert not rows(cli, capsys, "select run_id from runs where status = 'failed'")
     assert cli(*words, "--force") == 0
     assert Path("runs/masks/loop.safetensors").read_bytes() != before
 
