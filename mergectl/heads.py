@@ -124,9 +124,10 @@ def check_answered(model: Source, tasks: Sequence[Task], heads: Sequence[str]) -
             continue  # its texts make a head of any labels
         model_config(model, task)
         if task.kind != "text_to_text" and not any(answers(head, task) for head in heads):
+            others = f"only for {', '.join(heads)}" if heads else "nor for any other task"
             raise UserError(
-                f"The merge would have no head for {task.id}, only for {', '.join(heads)}. Leave it out, or add an "
-                f"expert that has one: mergectl finetune {task.id}"
+                f"The merge would have no head for {task.id}, {others}. Leave it out, or add an expert that has one: "
+                f"mergectl finetune {task.id}"
             )
 
 

@@ -38,7 +38,11 @@ class Scoring(NamedTuple):
 
         if self.words and (export is None or export in family.experts):
             model = family.base if export is None else family.experts[export]
-            heads = [task for name, task in family.task_ids.items() if export in (None, name)]
+            found = family.population
+            brought = [
+                name for name in family.task_ids if export in (None, name) and (found.heads[name] or found.blended)
+            ]
+            heads = [family.task_ids[name] for name in brought]
             check_answered(open_source(model), lab.tasks(self.words), heads)
 
     def finish(self, lab: Lab, result: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mergectl import merge_weights
 from mergectl.adapters import ROOT, AdapterCheckpoint
@@ -297,6 +297,20 @@ def test_adapters_with_heads_of_their_own_stay_models(cli: Cli, capsys: Capture,
         train(config(base, epochs=1, peft="lora"), tmp_path / name, tiny.MOOD)
     assert cli("merge", "average", *PAIR, "-o", "m", "--adapter") == 2
     assert "holds a trained head" in capsys.readouterr().err
+
+
+def test_adapters_without_heads_are_not_scored_on_labels(cli: Cli, capsys: Capture, tmp_path: Path) -> None:
+    from tests import tiny_models as tiny
+    from tests.test_finetune import config
+
+    train(config(tiny.base(tmp_path / "base", "bert"), epochs=1, peft="lora"), tmp_path / "one", tiny.MOOD)
+    file = tmp_path / "one/adapter/adapter_model.safetensors"
+    save_file({name: weight for name, weight in load_file(file).items() if ".lora_" in name}, file)
+    shutil.copytree("one", "two")
+    for more in ([], ["--adapter"]):
+        assert cli("merge", "average", *PAIR, "-o", "m", "--eval", "glue/sst2", *more) == 2
+        assert "The merge would have no head for glue/sst2, nor for any other task. Leave it" in capsys.readouterr().err
+    assert not Path("m").exists() and not Path("lab").exists()
 
 
 def test_a_method_that_keeps_something_per_task_makes_no_adapter(lora: Path, cli: Cli, capsys: Capture) -> None:
