@@ -117,7 +117,7 @@ def _write(
     assert isinstance(first, AdapterCheckpoint)
     with artefacts.new_folder(out, force=force) as folder:
         save_file(dict(weights), folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        told = {**first.settings, **settings, "base_model_name_or_path": str(first.base.folder)}
+        told = {**first.settings, **settings, "base_model_name_or_path": str(first.base.folder.absolute())}
         (folder / "adapter_config.json").write_text(json.dumps(told, indent=2), encoding="utf-8")
         artefacts.carry_files(folder, first.folder, first.base.folder)
         if facts["adapter_mode"] == FACTORS:

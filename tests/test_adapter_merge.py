@@ -94,6 +94,15 @@ def test_a_merged_lora_is_the_merge_of_what_the_adapters_add(lora: Path, cli: Cl
         torch.testing.assert_close(merged[name].float(), folded[name].float(), atol=2e-5, rtol=1e-4)
 
 
+def test_the_result_names_a_base_in_the_folder_that_one_works_in_by_its_whole_path(lora: Path, cli: Cli) -> None:
+    for name in ("one", "two"):
+        path = Path(name, "adapter/adapter_config.json")
+        path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "base"}))
+    assert cli("merge", "average", *PAIR, "-o", "m", "--adapter") == 0
+    told = json.loads(Path("m/adapter_config.json").read_text())["base_model_name_or_path"]
+    assert Path(told).is_absolute() and Path(told).samefile(lora / "base")
+
+
 def test_without_a_rank_linear_merges_lose_nothing(lora: Path, cli: Cli, capsys: Capture) -> None:
     assert cli("--json", "merge", "average", *PAIR, "-o", "m", "--adapter") == 0
     assert json.loads(capsys.readouterr().out)["kept_energy"] == pytest.approx(1)
