@@ -42,15 +42,15 @@ def random(plan: Plan) -> Proposals:
     for candidate in range(plan.trials):
         draw: Any = optuna.samplers.RandomSampler(seed=number(plan.seed, candidate)).sample_independent
         made.append({name: draw(None, None, name, kind) for name, kind in distributions(plan.dimensions).items()})
-    yield _with_ends(plan, made)
+    yield _begun(plan, made)
 
 
-def _with_ends(plan: Plan, made: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-    """Candidates of which the first two, where the plan asks for them, are the ends of all ranges."""
-    if not plan.endpoints:
-        return made
-    ends = [{d.name: d.points(2)[at] for d in plan.dimensions} for at in (0, -1)]
-    return [*ends[: plan.trials], *made[2:]]
+def _begun(plan: Plan, made: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """Candidates of which the first, where the plan asks for them, are the defaults and the ends of all ranges."""
+    known = [{d.name: d.first for d in plan.dimensions}] if plan.default else []
+    if plan.endpoints:
+        known += [{d.name: d.points(2)[at] for d in plan.dimensions} for at in (0, -1)]
+    return [*known[: plan.trials], *made[len(known) :]]
 
 
 def qmc(plan: Plan) -> Proposals:
@@ -59,7 +59,7 @@ def qmc(plan: Plan) -> Proposals:
 
     sobol = library.Sobol(len(plan.dimensions), scramble=True, rng=plan.seed)
     points = sobol.random_base2(max(0, (plan.trials - 1).bit_length()))
-    yield _with_ends(plan, [_params(plan.dimensions, point) for point in points[: plan.trials]])
+    yield _begun(plan, [_params(plan.dimensions, point) for point in points[: plan.trials]])
 
 
 def grid(plan: Plan) -> Proposals:
@@ -245,6 +245,8 @@ def check_plan(plan: Plan) -> None:
             raise UserError(f"{option} is for {', '.join(able)}, not for {plan.sampler}.")
     if plan.endpoints and plan.sampler not in ("random", "qmc"):
         raise UserError(f"--include-endpoints is for random and qmc, not for {plan.sampler}.")
+    if plan.default and plan.sampler in ("grid", "cmaes", "cobyla"):
+        raise UserError(f"--include-default is for samplers that draw their first candidate, not for {plan.sampler}.")
     known = {name for d in plan.dimensions for name in (d.name, d.setting)}
     for name in plan.start:
         if name not in known:

@@ -76,6 +76,9 @@ SearchSplit = Annotated[
 Endpoints = Annotated[
     bool, typer.Option("--include-endpoints", help="With random and qmc: begin with the low and the high ends.")
 ]
+Default = Annotated[
+    bool, typer.Option("--include-default", help="Begin with the method's defaults; cobyla always does.")
+]
 WAIT = 60.0  # seconds
 Study = Annotated[str | None, typer.Option("--study", help="Name of the study; default: made from the question.")]
 
@@ -112,6 +115,7 @@ def search(
     layout: Layout = "none",
     inputs: Inputs = "full",
     include_endpoints: Endpoints = False,
+    include_default: Default = False,
     dtype: Dtype = "auto",
     adapt_on: AdaptOn = None,
     adapt: Adapt = None,
@@ -146,7 +150,7 @@ def search(
         ),
         tuple(on or ()), sampler, trials, pairs("--range", range_), _names(per_task), limit, split, study, batch_size,
         tuple(per_layer or ()), objective, _numbers("--start", start), sigma, population, allow_report, workers,
-        study_storage, prune, inputs.replace("-", "_"), include_endpoints,
+        study_storage, prune, inputs.replace("-", "_"), include_endpoints, include_default,
     )  # fmt: skip
     search_and_show(lab, job, out, force=force)
 

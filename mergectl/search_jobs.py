@@ -58,6 +58,7 @@ class SearchJob:
     prune: float | None = None  # the chance to stop a candidate that is as good as the best
     inputs: str = "full"  # what a model reads of a text: all, or ids_only
     include_endpoints: bool = False  # begin with both ends of every range
+    include_default: bool = False  # begin with the method's defaults
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class Prepared:
             "prune": plan.prune,
             "read": None if job.inputs == "full" else job.inputs,
             "include_endpoints": plan.endpoints or None,
+            "include_default": plan.default or None,
         }
         return {
             "method": job.merge.recipe.method,
@@ -169,7 +171,7 @@ def prepare(lab: Lab, job: SearchJob) -> Prepared:
     _check_kept(info, dimensions, objectives, family)
     plan = Plan(
         tuple(dimensions), fixed, job.sampler, job.trials, lab.seed, objectives, dict(job.start), job.sigma,
-        job.population, job.prune, job.include_endpoints,
+        job.population, job.prune, job.include_endpoints, job.include_default,
     )  # fmt: skip
     check_plan(plan)
     return Prepared(lab, job, family, tasks, plan)

@@ -33,7 +33,7 @@ class Dimension:
     step: float | None = None
     words: tuple[Any, ...] = ()
     task: str | None = None
-    start: float | None = None  # the setting's default, where an evolutionary search begins
+    start: Any = None  # the setting's default, a number or a word; None where it has no such
     group: str | None = None  # how the weights are called: a pattern, or `layers 1-4`
     patterns: tuple[str, ...] = ()
     log: bool = False  # equal factors count as equal steps
@@ -57,6 +57,16 @@ class Dimension:
         if self.step:
             value = min(self.high, round(self.low + round((value - self.low) / self.step) * self.step, 10))
         return round(value) if self.kind == "int" else value
+
+    @property
+    def first(self) -> Any:
+        """The setting's default, or what of the range is nearest to it; where there is none the middle."""
+        if self.kind == "word":
+            return self.start if self.start in self.words else self.words[0]
+        if self.start is None:
+            return self.at(0.5)
+        value = min(max(self.start, self.low), self.high)
+        return value if self.kind == "float" and not self.step else self.at(self.share(value))
 
     def share(self, value: float) -> float:
         """How far along the range a value of it lies."""
@@ -219,12 +229,13 @@ def _dimension(setting: Setting, text: str | None) -> Dimension:
 def _words(setting: Setting, text: str | None) -> Dimension:
     known = (True, False) if setting.type == "bool" else tuple(setting.words)
     if text is None:
-        return Dimension(setting.name, "word", words=known, beside=setting.beside)
+        return Dimension(setting.name, "word", words=known, start=setting.default, beside=setting.beside)
     asked = [{"true": True, "false": False}.get(w, w) if setting.type == "bool" else w for w in text.split(",")]
     for word in asked:
         if word not in known:
             raise UserError(f"{setting.name} is one of {', '.join(map(str, known))}, not '{word}'.")
-    return Dimension(setting.name, "word", words=tuple(dict.fromkeys(asked)), beside=setting.beside)
+    found = tuple(dict.fromkeys(asked))
+    return Dimension(setting.name, "word", words=found, start=setting.default, beside=setting.beside)
 
 
 def _numbers(setting: Setting, text: str | None) -> Dimension:

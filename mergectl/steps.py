@@ -151,7 +151,8 @@ def _search(lab: Lab, folder: Path, what: dict[str, Any]) -> bool:
 
 
 # What each verb must be told, and what it may be told; `finetune` also takes all that a fine-tuning can be told.
-MORE = ("objective", "sigma", "population", "workers", "prune", "split", "allow_report", "inputs", "include_endpoints")
+MORE = ("objective", "sigma", "population", "workers", "prune", "split", "allow_report", "inputs", "include_endpoints",
+        "include_default")  # fmt: skip
 MODELS = ("base", "refine", "layer_map", "depth", "head", "layout", "only", "options")
 KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "finetune": (("tasks", "base"), ("out", "grid", "by_task")),

@@ -28,7 +28,8 @@ class Plan:
     sigma: float | None = None  # their first step, in the settings' own units
     population: int | None = None  # candidates of a generation: cmaes, nsga2, nsga3
     prune: float | None = None  # stop candidates that fall behind, at this significance
-    endpoints: bool = False  # the first two candidates are the low and the high end of every range
+    endpoints: bool = False  # two of the first candidates are the low and the high end of every range
+    default: bool = False  # the very first candidate is the method's default
 
 
 @dataclass(frozen=True)

@@ -169,12 +169,17 @@ def finish(
 
 
 def draw(study: optuna.Study, plan: Plan, trial: Any) -> dict[str, Any]:
-    """Let Optuna's sampler choose the parameters of a trial that was queued without any."""
+    """Let Optuna's sampler choose the parameters of a trial queued without any; the first may have the defaults.
+
+    The sampler is asked for those, too, as Optuna does with a trial of the user's own: it takes note of what it tried.
+    """
     study.sampler = sampler = drawing(plan, trial.user_attrs["candidate"])
     space = distributions(plan.dimensions)
     sampler.before_trial(study, trial)
     joint = sampler.infer_relative_search_space(study, trial)
     found = dict(sampler.sample_relative(study, trial, joint))
+    if plan.default and trial.user_attrs["candidate"] == 0:
+        found = {dimension.name: dimension.first for dimension in plan.dimensions}
     for name, kind in space.items():
         if name not in found:
             found[name] = sampler.sample_independent(study, trial, name, kind)

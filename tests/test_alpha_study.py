@@ -151,6 +151,8 @@ def test_the_same_seed_searches_the_same_alphas(cli: Cli, here: Path, capsys: Ca
     assert all(0 <= alpha <= 1 for alpha in first)
     assert first != alphas("--seed", 2)
     assert ends == [0.0, 1.0, *first[2:]]
+    both = alphas("--seed", 3, "--include-default", "--include-endpoints")
+    assert both == [0.5, 0.0, 1.0, *first[3:]]
 
 
 def test_workers_are_told_of_stacks_and_heads(cli: Cli, here: Path, capsys: Capture) -> None:

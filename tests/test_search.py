@@ -318,6 +318,18 @@ def test_qmc_fills_the_space_evenly() -> None:
     assert sorted(int(16 * x) for x in xs) == list(range(16))
 
 
+@pytest.mark.parametrize("sampler", ["random", "qmc", "tpe", "nsga2"])
+def test_a_search_may_begin_with_the_defaults(sampler: str, tmp_path: Path) -> None:
+    what = replace(plan(sampler, 3, (X, Y, replace(WORD, start="b"))), default=True)
+    first, *rest = go(tmp_path / "told", what, Asked())[1]
+    assert first.settings == {"x": 0.4, "y": 0.0, "word": "b"}
+    other, *others = go(tmp_path / "untold", replace(what, default=False), Asked())[1]
+    assert other.settings != first.settings
+    assert sampler not in ("random", "qmc") or [t.settings for t in rest] == [t.settings for t in others]
+    with open_study(tmp_path / "told", "study") as study:  # a genetic sampler counts the first to its generation
+        assert sampler != "nsga2" or study.trials[0].system_attrs.keys() == study.trials[1].system_attrs.keys() != set()
+
+
 def test_more_points_of_qmc_begin_with_the_same() -> None:
     assert walk((X, WORD), 20, sampler="qmc")[:7] == walk((X, WORD), 7, sampler="qmc")
 
@@ -327,6 +339,7 @@ def test_more_points_of_qmc_begin_with_the_same() -> None:
     [
         ({"sampler": "cmaes", "objectives": ("mean", "size")}, "cmaes takes one objective, and mean, size are 2"),
         ({"sampler": "random", "sigma": 0.1}, "--sigma is for cmaes, cobyla, not for random."),
+        ({"sampler": "cmaes", "default": True}, "--include-default is for samplers that draw their first candidate"),
         ({"sampler": "cobyla", "population": 8}, "--population is for cmaes, nsga2, nsga3, not for cobyla."),
         ({"sampler": "cmaes", "start": {"z": 1.0}}, "--start z: this is not searched. Searched: x, y."),
         ({"sampler": "cmaes", "start": {"x": 1.5}}, "--start x=1.5 lies outside its range, 0 to 1."),

@@ -72,6 +72,16 @@ def test_what_would_change_nothing_is_searched_only_beside_what_gives_it_a_meani
     assert "density" not in to_settings({**params, "plus": False}, found, {"density": 0.3})
 
 
+def test_the_first_value_is_the_default_or_what_is_nearest_to_it() -> None:
+    assert of("ties", fixed={"scale": 1.0}, density="0.05:0.5")[0].first == 0.2
+    assert of("ties", density="0.3:0.5")[0].first == 0.3
+    assert of("ties", density="0.05:0.1:0.02")[0].first == 0.09
+    assert of("ties", density="0.25:0.9:log")[0].first == 0.25
+    assert of("ties", trim="std,topk")[0].first == "topk"
+    assert of("ties", trim="std,none")[0].first == "std"
+    assert Dimension("x", "float", 0.0, 1.0).first == 0.5
+
+
 def test_a_range_on_the_command_line_wins_over_the_declared_one() -> None:
     (scale,) = of("task_arithmetic", scale="0.1:0.3")
     assert (scale.low, scale.high, scale.step) == (0.1, 0.3, None)
