@@ -7,7 +7,6 @@ killed and started again goes on, and no finished candidate is scored twice.
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 import uuid
 from collections import Counter
@@ -21,7 +20,7 @@ from mergectl.samplers import SAMPLERS, check_sampler
 from mergectl.space import distributions, to_settings
 from mergectl.studies import backing
 from mergectl.trials import Plan, Trial, best_of, merit
-from mergectl.workers import PAUSE, Judge, Watch, attempt, fail_lost, finish, study_facts, take
+from mergectl.workers import PAUSE, Judge, Watch, attempt, fail_lost, finish, meanwhile, study_facts, take
 
 if TYPE_CHECKING:
     import optuna
@@ -191,23 +190,18 @@ def read_back(trial: Any, plan: Plan, *, again: bool = False) -> tuple[Trial, Ve
 @contextlib.contextmanager
 def _leading(study: optuna.Study) -> Iterator[None]:
     """Say in the study that this process leads it, again and again, and that it has ended."""
-    token, done = uuid.uuid4().hex, threading.Event()
+    token = uuid.uuid4().hex
 
-    def lead() -> None:
-        count = 1
-        while not done.wait(LEADS):
-            count += 1
-            study.set_user_attr("leader", [token, count])
+    def lead(count: int) -> bool:
+        study.set_user_attr("leader", [token, count])
+        return True
 
-    study.set_user_attr("leader", [token, 1])
+    lead(0)
     study.set_user_attr("ended", False)
-    thread = threading.Thread(target=lead, daemon=True)
-    thread.start()
     try:
-        yield
+        with meanwhile(LEADS, lead):
+            yield
     finally:
-        done.set()
-        thread.join()
         if study_facts(study).get("leader", [token])[0] == token:
             study.set_user_attr("ended", True)
             _withdraw(study)

@@ -192,18 +192,28 @@ def _beats(study: optuna.Study, trial_id: int) -> Iterator[None]:
     """Say every few seconds that the trial's worker lives."""
     from optuna.exceptions import UpdateFinishedTrialError
 
+    def beat(count: int) -> bool:
+        try:
+            backing(study).set_trial_user_attr(trial_id, "beat", count)
+        except UpdateFinishedTrialError:
+            return False  # taken for dead: the result will come to nothing
+        return True
+
+    with meanwhile(BEAT, beat):
+        yield
+
+
+@contextlib.contextmanager
+def meanwhile(seconds: float, call: Callable[[int], bool]) -> Iterator[None]:
+    """Call with 1, 2, 3, ... in a thread, each time after so many seconds, for as long as that returns true."""
     done = threading.Event()
 
-    def beat() -> None:
-        count = 0
-        while not done.wait(BEAT):
+    def go_on() -> None:
+        count = 1
+        while not done.wait(seconds) and call(count):
             count += 1
-            try:
-                backing(study).set_trial_user_attr(trial_id, "beat", count)
-            except UpdateFinishedTrialError:
-                return  # taken for dead: the result will come to nothing
 
-    thread = threading.Thread(target=beat, daemon=True)
+    thread = threading.Thread(target=go_on, daemon=True)
     thread.start()
     try:
         yield
