@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import torch
 
 from mergectl.methods import _kernels, _linears
-from mergectl.methods._contract import Remember
+from mergectl.methods._contract import OneOf, Remember
 
 if TYPE_CHECKING:
     from mergectl.methods._task_vectors import TaskVectors
@@ -179,10 +179,12 @@ RULES: dict[str, Callable[[str], bool] | None] = {
     "attn_mlp": lambda name: ("attn" in name or "mlp" in name) and "ln" not in name and "bias" not in name,
     "all": lambda name: True,
 }
-RULES_HELP = (
+Decompose = Annotated[
+    str,
+    OneOf(RULES),
     "which matrices are decomposed: of linear layers, all outside embeddings, those and token and position "
-    "tables, those of attention and MLP by name, or all"
-)
+    "tables, those of attention and MLP by name, or all",
+]
 
 
 def _is_norm(name: str) -> bool:

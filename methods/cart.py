@@ -145,7 +145,7 @@ def merge(
         "the origin's own rank_ratio, for cart (the same) and tsv (1/K)",
     ] = None,
     min_rank: Annotated[int, Between(0, 64), "least number of components kept per task"] = 1,
-    decompose: Annotated[str, OneOf(_spectral.RULES), _spectral.RULES_HELP] = "linear",
+    decompose: _spectral.Decompose = "linear",
     embeddings: Annotated[str, OneOf(["merged", "base"]), "merge embeddings, or leave those of the base"] = "merged",
 ) -> Merged:
     """Yield for each weight the origin and the truncated differences from it, minus the base."""

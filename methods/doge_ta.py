@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Annotated
 import torch
 
 from mergectl.methods import _descent, _kernels, _spectral
-from mergectl.methods._contract import Between, Merged, OneOf, Remember
+from mergectl.methods._contract import Between, Merged, Remember
 
 if TYPE_CHECKING:
     from mergectl.methods._task_vectors import TaskVectors
@@ -50,7 +50,7 @@ def merge(
     learning_rate: Annotated[
         float, Between(0.0, 1.0, low_open=True, search=(1e-5, 1e-3)), "step size, in units of the weights"
     ] = 1e-4,
-    decompose: Annotated[str, OneOf(_spectral.RULES), _spectral.RULES_HELP] = "linear",
+    decompose: _spectral.Decompose = "linear",
 ) -> Merged:
     """Yield for each decomposed weight the sum of largest entries with the change; nothing for others."""
     names = _spectral.decomposed(decompose, linears, task_vectors)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated
 import torch
 
 from mergectl.methods import _kernels, _spectral
-from mergectl.methods._contract import Between, Merged, OneOf, Remember
+from mergectl.methods._contract import Between, Merged, Remember
 
 if TYPE_CHECKING:
     from mergectl.methods._task_vectors import TaskVectors
@@ -40,7 +40,7 @@ def merge(
     remember: Remember | None = None,
     *,
     scale: Annotated[float, Between(-10.0, 10.0, search=(0.5, 2.5)), "factor on the merged task vector"] = 1.0,
-    decompose: Annotated[str, OneOf(_spectral.RULES), _spectral.RULES_HELP] = "linear",
+    decompose: _spectral.Decompose = "linear",
 ) -> Merged:
     """Yield for each weight the sum with equal singular values, or the mean of task vectors."""
     names = _spectral.decomposed(decompose, linears, task_vectors)

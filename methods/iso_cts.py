@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Annotated
 import torch
 
 from mergectl.methods import _kernels, _spectral
-from mergectl.methods._contract import Between, Merged, OneOf, Remember
+from mergectl.methods._contract import Between, Merged, Remember
 
 if TYPE_CHECKING:
     from mergectl.methods._task_vectors import TaskVectors
@@ -46,7 +46,7 @@ def merge(
     common_fraction: Annotated[
         float, Between(0.0, 1.0, search=(0.5, 1.0)), "share of the directions taken from the sum"
     ] = 0.8,
-    decompose: Annotated[str, OneOf(_spectral.RULES), _spectral.RULES_HELP] = "linear",
+    decompose: _spectral.Decompose = "linear",
 ) -> Merged:
     """Yield for each weight equally strong common and own directions, or the mean of task vectors."""
     names = _spectral.decomposed(decompose, linears, task_vectors)

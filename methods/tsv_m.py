@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated
 import torch
 
 from mergectl.methods import _kernels, _spectral
-from mergectl.methods._contract import Between, Merged, OneOf, PerTask, Remember
+from mergectl.methods._contract import Between, Merged, PerTask, Remember
 
 if TYPE_CHECKING:
     from mergectl.methods._task_vectors import TaskVectors
@@ -43,7 +43,7 @@ def merge(
         float | None, Between(0.0, 1.0, low_open=True, search=(0.01, 1.0)), "share of components kept per task (1/K)"
     ] = None,
     min_rank: Annotated[int, Between(0, 64), "least number of components kept per task"] = 1,
-    decompose: Annotated[str, OneOf(_spectral.RULES), _spectral.RULES_HELP] = "linear",
+    decompose: _spectral.Decompose = "linear",
 ) -> Merged:
     """Yield for each weight the decorrelated sum of truncated task vectors, or the mean of task vectors."""
     tasks, remember = task_vectors.tasks, remember or _spectral.plainly

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated
 import torch
 
 from mergectl.methods import _descent, _kernels, _spectral
-from mergectl.methods._contract import Between, Merged, OneOf
+from mergectl.methods._contract import Between, Merged
 
 if TYPE_CHECKING:
     from mergectl.methods._task_vectors import TaskVectors
@@ -41,7 +41,7 @@ def merge(
     learning_rate: Annotated[
         float, Between(0.0, 1.0, low_open=True, search=(1e-6, 1e-4)), "step size, in units of the weights"
     ] = 1e-5,
-    decompose: Annotated[str, OneOf(_spectral.RULES), _spectral.RULES_HELP] = "linear",
+    decompose: _spectral.Decompose = "linear",
 ) -> Merged:
     """Yield for each weight the sum after its descent, or the mean of task vectors."""
     names = _spectral.decomposed(decompose, linears, task_vectors)
