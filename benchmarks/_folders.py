@@ -30,7 +30,17 @@ def by_class(folder: Path, task: Task) -> Table:
 def listed(task: Task, use: Use, folder: Path) -> Table:
     """Read the files that a data set's own lists name for one use."""
     assert task.lists is not None
-    return _table(task, task.lists(use), folder)
+    rows, first = task.lists(use), dict[str, str]()
+    for file, label in rows:
+        first.setdefault(label, file)
+    for file in first.values():  # of each class; to look for every image would take long
+        if not (folder / file).is_file():
+            raise BenchmarkError(
+                f"{folder / file} could not be read: there is no such file, and the lists that cut {task.id} name it. "
+                f"Save all class folders of the original archive below {folder}, or rename that folder: without it the "
+                "split of another copy is taken."
+            )
+    return _table(task, rows, folder)
 
 
 def _table(task: Task, rows: list[tuple[str, str]], folder: Path) -> Table:

@@ -120,7 +120,9 @@ def _from_hub(
             tried.append(f"the hub gave no {task.hub}: {error}")
             break
     ending = ".csv" if task.obtain else ".parquet"
-    where = Path(data or "DIR") / task.source / task.config / f"{part.split}{ending}"
+    folder = Path(data or "DIR") / task.source / task.config
+    classes = f", or the class folders of the original archive below {folder / _folders.TREE}" if task.lists else ""
+    where = f"{folder / part.split}{ending}{classes}"
     hint = "" if data else " and pass --data DIR"
     looked = "; ".join(tried) or "no data folder is given and it has no hub copy"
     advice = f" {task.obtain}" if task.obtain else ""

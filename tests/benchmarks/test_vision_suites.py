@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -194,6 +195,20 @@ def test_an_image_that_the_lists_name_and_the_tree_lacks_is_told(tmp_path: Path)
     (tmp_path / "eurosat" / "default" / "images").mkdir(parents=True)
     with pytest.raises(BenchmarkError, match=r"AnnualCrop_10\.jpg could not be read"):
         _rows.load(ALL["eurosat"], "report", data=tmp_path)
+
+
+def test_where_the_images_that_the_lists_cut_may_be_saved_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    tree = tmp_path / "eurosat" / "default" / "images"
+    wanted = f"{tree.parent}/train.parquet, or the class folders of the original archive below {tree}."
+    with pytest.raises(BenchmarkError, match=re.escape(f"Put them at {wanted}")):
+        _rows.load(ALL["eurosat"], "fit", data=tmp_path)
+    put(tree, _eurosat.lists("fit")[0][0])  # of the first class
+    wanted = f"Save all class folders of the original archive below {tree}, or rename that folder"
+    with pytest.raises(BenchmarkError, match=rf"/Forest_\d+\.jpg could not be read: there is no.*{re.escape(wanted)}"):
+        _rows.load(ALL["eurosat"], "fit", data=tmp_path)
 
 
 def test_the_literal_task_asks_in_the_printed_lists_of_the_published_heads() -> None:
