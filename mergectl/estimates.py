@@ -57,7 +57,8 @@ def estimate(step: Mapping[str, Any], settings: Mapping[str, Any]) -> Estimate:
         kept = copies * size * (1 + ADAPTER if what.get("peft", "none") != "none" else 1)
         rows = _rows(what)
         if what.get("for") == "medusa" and what.get("mask") != "half":  # the short trainings are models, too
-            kept, rows = 2 * kept + copies * size / 32, rows + (what.get("prepass_epochs") or 1) * EPOCH_ROWS
+            brief = (what.get("prepass_epochs") or 1) * EPOCH_ROWS
+            kept, rows = 2 * kept + copies * size / 32, rows + (min(brief, rows) if what.get("max_steps") else brief)
         return Estimate(kept, 6 * weights * (what.get("max_length") or LENGTH) * rows * copies)
     if verb == "merge":
         models = 2 + (len(words_of(what, "experts")) if isinstance(what["experts"], list) else tasks)

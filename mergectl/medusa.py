@@ -6,6 +6,7 @@ where it was.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -21,7 +22,7 @@ from mergectl.families import short_names
 from mergectl.lab import Lab
 from mergectl.ownership import TOP_K, MaskPlan, Ownership, load_masks, make_masks, save_masks
 from mergectl.presets import settled
-from mergectl.ranks import leads, wait_for_all
+from mergectl.ranks import count, leads, wait_for_all
 from mergectl.verbs import Masked, Result, base_source, finetune_experts
 
 if TYPE_CHECKING:
@@ -79,10 +80,15 @@ class _Work:
 
     source: Source
     tasks: list[Task]
-    config: FinetuneConfig  # of the first task; what decides about adapters is the same for all
+    configs: list[FinetuneConfig]  # of each task
     plan: MaskPlan
     references: list[str]
     out: Path
+
+    @property
+    def config(self) -> FinetuneConfig:
+        """That of the first task: what decides about adapters is the same for all."""
+        return self.configs[0]
 
     @property
     def files(self) -> dict[str, Path]:
@@ -105,11 +111,35 @@ def finetune_for_medusa(
     prepasses = []
     if work.plan.asks_trainings:
         lab.terminal.say("Short trainings, which show what each task would change")
-        prepasses = finetune_experts(lab, words, base, out / "prepass", {**options, **job.short}, **how)
+        prepasses = _prepasses(lab, work, base, {**options, **job.short}, job, options.get("max_steps"), how)
     masked = _masks(lab, work, prepasses, force=force or reuse)
     lab.terminal.say("Trainings from the base again, each of what its task owns")
     results = finetune_experts(lab, words, base, out, options, masked=masked, **how)
     return [{**result, "masks": str(masked[result["task"]].file)} for result in results]
+
+
+def _prepasses(
+    lab: Lab, work: _Work, base: str, options: Mapping[str, Any], job: MedusaJob, most: int | None, how: dict[str, Any]
+) -> list[Result]:
+    """Train each task briefly: as the options say, or for `most` steps where those are fewer."""
+    short = [] if most is None or job.prepass_percent is not None else _longer_than(most, lab, work, job.prepass_epochs)
+    found: dict[str, Result] = {}
+    for own, more in (([task.id for task in work.tasks if task.id not in short], {}), (short, {"max_steps": most})):
+        results = finetune_experts(lab, own, base, work.out / "prepass", {**options, **more}, **how) if own else []
+        found |= {result["task"]: result for result in results}
+    return [found[task.id] for task in work.tasks]
+
+
+def _longer_than(steps: int, lab: Lab, work: _Work, epochs: float) -> list[str]:
+    """The tasks of which so many epochs take more than so many steps."""
+    from mergectl.benchmarks import _rows
+
+    found = []
+    for task, config in zip(work.tasks, work.configs, strict=True):
+        rows = _rows.load(task, "fit", data=lab.data, limit=config.limit_fit, seed=config.seed)
+        if steps < epochs * math.ceil(len(rows.labels) / (config.batch_size * config.accumulation * count())):
+            found.append(task.id)
+    return found
 
 
 def _checked(lab: Lab, words: Sequence[str], base: str, out: Path, options: Mapping[str, Any], job: MedusaJob) -> _Work:
@@ -128,7 +158,7 @@ def _checked(lab: Lab, words: Sequence[str], base: str, out: Path, options: Mapp
     references = [str(open_checkpoint(ref, lab.find_run).folder) for ref in job.against]
     if references:
         division.of(source, tasks[0], configs[0], {}, references)
-    return _Work(source, tasks, configs[0], plan, references, out)
+    return _Work(source, tasks, configs, plan, references, out)
 
 
 def _masks(lab: Lab, work: _Work, prepasses: Sequence[Result], *, force: bool) -> dict[str, Masked]:

@@ -34,5 +34,10 @@ def scratch() -> Path:
     return folder
 
 
+def count() -> int:
+    """How many processes train together."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
 def _several() -> bool:
-    return int(os.environ.get("WORLD_SIZE") or 1) > 1
+    return count() > 1

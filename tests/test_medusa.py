@@ -142,6 +142,20 @@ def test_after_a_kill_only_what_is_missing_is_done(
         assert all(torch.equal(one[key], two[key]) for key in one)
 
 
+def test_a_number_of_steps_ends_the_short_trainings_too(cli: Cli, population: Path) -> None:
+    words = ["finetune", "digits/parity", "digits/loop", "--base", str(population / "base"), "--for", "medusa", *SHORT]
+    for most, expected in ((2, 2), (9, 6)):  # an epoch of 96 rows has six steps
+        assert cli(*words, "--max-steps", most, "-o", f"most{most}") == 0
+        for name in ("parity", "loop"):
+            assert steps(Path(f"most{most}/prepass/{name}")) == expected
+            assert steps(Path(f"most{most}/{name}")) == most
+
+
+def steps(folder: Path) -> int:
+    """How many steps a training took."""
+    return int(json.loads((folder / "mergectl.json").read_text())["steps"])
+
+
 def test_masks_that_a_killed_run_wrote_are_taken(
     ran: Path, cli: Cli, capsys: Capture, population: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
