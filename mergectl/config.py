@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -63,6 +63,8 @@ WORDS = (
     ("float", r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?$|[-+]?[0-9]+[eE][-+]?[0-9]+$", "-+.0123456789"),
     ("float", r"[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$", "-+."),
 )
+MERGED = "tag:yaml.org,2002:merge"  # of the key `<<`
+MOST_VALUES = 100_000  # a file in which aliases repeat aliases may mean billions
 
 
 @functools.cache
@@ -122,9 +124,9 @@ def read_lines(path: Path) -> tuple[dict[str, Any], dict[tuple[Any, ...], int]]:
     try:
         loader = _loader()(text)
         node = loader.get_single_node()
+        if isinstance(node, yaml.MappingNode):
+            _number(node, (), lines)  # first: what `<<` merges is later not to be told from the mapping's own keys
         content = None if node is None else loader.construct_document(node)
-        if isinstance(content, dict):
-            _number(node, (), lines)
     except (yaml.YAMLError, ValueError) as error:  # a date that is none is a ValueError
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         problem = problem or getattr(error, "reason", None) or error
@@ -141,16 +143,33 @@ def _number(node: yaml.Node, place: tuple[Any, ...], lines: dict[tuple[Any, ...]
     import yaml
 
     lines.setdefault(place, node.start_mark.line + 1)
+    if len(lines) > MOST_VALUES:
+        problem = f"its anchors and aliases stand for more than {MOST_VALUES:,} values"
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
     if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
+        for key, value in _pairs(node):
             if (*place, key.value) in lines:
-                text = f"the key '{key.value}' stands twice"
-                raise yaml.MarkedYAMLError(problem=text, problem_mark=key.start_mark)
+                raise yaml.MarkedYAMLError(problem=f"the key '{key.value}' stands twice", problem_mark=key.start_mark)
             lines[(*place, key.value)] = key.start_mark.line + 1
             _number(value, (*place, key.value), lines)
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
             _number(value, (*place, index), lines)
+
+
+def _pairs(node: yaml.MappingNode) -> Iterator[tuple[yaml.ScalarNode, yaml.Node]]:
+    """A mapping's keys and values, then those that `<<` adds to them; other kinds of keys are refused elsewhere."""
+    import yaml
+
+    pairs = [(key, value) for key, value in node.value if isinstance(key, yaml.ScalarNode)]
+    own = [(key, value) for key, value in pairs if key.tag != MERGED]
+    yield from own
+    seen = {key.value for key, _ in own}
+    for value in (value for key, value in pairs if key.tag == MERGED):
+        for part in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+            added = list(_pairs(part)) if isinstance(part, yaml.MappingNode) else []
+            yield from ((key, below) for key, below in added if key.value not in seen)
+            seen |= {key.value for key, _ in added}
 
 
 def _sentence(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import signal
@@ -313,6 +314,10 @@ def test_force_does_not_replace_what_is_no_model(cli: Cli, capsys: Capture, popu
     assert "not a model folder" in refused(cli, capsys, *merge_words(population, population / "parity"), "--force")
 
 
+# Eight lines that stand for 43 million values: each repeats the one before it nine times.
+BOMB = "a: &a [1]\n" + "".join(
+    f"{name}: &{name} [{', '.join(9 * [f'*{before}'])}]\n" for before, name in itertools.pairwise("abcdefghi")
+)
 RECIPES = {
     "method: ties\nexperts: [a]\ndensity: 3\n": "line 3: unknown key 'density'",
     "method: ties\nexpert: [a]\n": "line 2: unknown key 'expert'. Did you mean 'experts'?",
@@ -324,6 +329,9 @@ RECIPES = {
     "method: \x07\n": "line 1: control characters are not allowed",
     "method: &a [*a]\n": "a part of it contains itself",
     "method: 2026-13-01\n": "line 1: month must be in 1..12",
+    BOMB: "its anchors and aliases stand for more than 100,000 values",
+    "a: &a {settings: {densty: 1}}\nmethod: ties\nexperts: [a]\n<<: *a\n": "line 1: unknown key 'a'",
+    "<<: &a {method: ties}\nexperts: [a]\n<<: {expert: 1}\n": "line 3: unknown key 'expert'",
 }
 
 
