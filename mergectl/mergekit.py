@@ -117,6 +117,8 @@ def read(path: Path) -> MergekitFile:
         if key not in KEYS:
             raise fail((key,), f"unknown key '{key}'.{did_you_mean(str(key), KEYS)}")
     name = content["merge_method"]
+    if not isinstance(name, str):
+        raise fail(("merge_method",), f"merge_method is the name of a method, got {name!r}.")
     if name in NOT_READ:
         raise fail(("merge_method",), f"merge_method {name} is not read: {NOT_READ[name]}.")
     if name not in METHODS:
@@ -221,10 +223,12 @@ def _sequence(value: Any, place: Place, fail: Fail) -> Sequence[Any]:
 
 def _dtype(content: Mapping[str, Any], fail: Fail) -> str:
     """Return the type of the result; sums are always made in float32 or wider."""
-    for key in ("dtype", "out_dtype"):
-        if content.get(key, "auto") not in DTYPES:
-            raise fail((key,), f"{key} must be one of {', '.join(DTYPES)}, got '{content[key]}'.")
-    return str(content.get("out_dtype", content.get("dtype", "auto")))
+    found = {key: content[key] for key in ("out_dtype", "dtype") if content.get(key) is not None}
+    words = {key: str(value).removeprefix("torch.") for key, value in found.items()}
+    for key, word in words.items():
+        if word not in DTYPES:
+            raise fail((key,), f"{key} must be one of {', '.join(DTYPES)}, got '{found[key]}'.")
+    return next(iter(words.values()), "auto")
 
 
 def _tokens(source: Any, base: str | None, fail: Fail) -> str | None:

@@ -26,6 +26,7 @@ class Here:
     """The parameters of a recipe as they are for one weight."""
 
     file: MergekitFile
+    course: Course
     row: Row
     weight: str
     depth: float
@@ -44,9 +45,13 @@ class Here:
         return tuple(float(self._value(name, source)) for source in self.row.experts)
 
     def _value(self, name: str, source: Source | None) -> Any:
-        """Return the value of the nearest level that has one for this weight, else the default."""
+        """Return the value of the nearest level that has one for this weight, else the default.
+
+        Filters of what every model has its own of look at the weight's name in that model.
+        """
+        weight = self.weight if source is None else self.course.in_source(self.weight, self.row, source)
         for level in (source.parameters if source else {}, self.row.part.parameters, self.file.parameters):
-            value = gradients.evaluate(level[name], self.weight, self.depth) if name in level else None
+            value = gradients.evaluate(level[name], weight, self.depth) if name in level else None
             if value is not None:
                 return value
         default = self.file.method.parameters[name].default
@@ -63,17 +68,30 @@ def job_of(path: Path, seed: int, find_run: FindRun | None = None) -> MergeJob:
     rows = rows_of(file)
     info = describe(file.method.ours)
     for row in rows:
+        _check_weights(file, row)
         recipe = _settings(file, [row], [""])
         try:
             check_experts(info, len(row.experts))
             recipe_of(info.name, recipe, (), seed)
         except UserError as error:
-            raise UserError(f"{path}: {error}") from error
+            raise file.error(row.part.place, str(error)) from error
     base, experts = models_of(file, rows, _counts(file, rows, find_run))
     base, experts = _with_tokens(file, base, experts, find_run)
     if not file.whole or any(gradients.is_varied(value) for level, *_ in file.levels for value in level.values()):
         recipe = _settings(file, rows, _weights(base, experts, find_run))
     return MergeJob(recipe_of(info.name, recipe, (), seed), experts, base, file.dtype)
+
+
+def _check_weights(file: MergekitFile, row: Row) -> None:
+    """Refuse a slice in which every model has the weight 0, wherever it lies."""
+    if "weight" not in file.method.parameters:
+        return
+    levels = [row.part.parameters, file.parameters, *(source.parameters for source in row.experts)]
+    if any(gradients.is_varied(level.get("weight")) for level in levels):
+        return
+    if not any(Here(file, Course([row], [""]), row, "", 0.0).each("weight")):
+        place = (*row.experts[0].place, "parameters", "weight")
+        raise file.error(place, "all weights are 0, so nothing would be merged. Change one of them.")
 
 
 def _counts(file: MergekitFile, rows: Sequence[Row], find_run: FindRun | None) -> dict[str, int]:
@@ -110,9 +128,13 @@ def _settings(file: MergekitFile, rows: Sequence[Row], names: Sequence[str]) -> 
     """Return our settings: one value each, or {pattern of weight names: value}."""
     course = Course(rows, names)
     try:
-        found = {name: file.method.settings(Here(file, row, name, t)) for name in names for row, t in [course.of(name)]}
+        found = {
+            name: file.method.settings(Here(file, course, row, name, depth))
+            for name in names for row, depth in [course.of(name)]
+        }  # fmt: skip
     except UserError as error:
-        raise error if str(error).startswith(str(file.path)) else UserError(f"{file.path}: {error}") from error
+        place = (*rows[0].experts[0].place, "parameters", "weight")
+        raise error if str(error).startswith(str(file.path)) else file.error(place, str(error)) from error
     keys = next(iter(found.values()))
     return {key: gradients.patterns({name: row[key] for name, row in found.items()}) for key in keys}
 

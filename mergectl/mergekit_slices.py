@@ -96,6 +96,14 @@ class Course:
         assert row.part.length is not None
         return row, place / (row.part.length - 1) if row.part.length > 1 else 1.0
 
+    def in_source(self, name: str, row: Row, source: Source) -> str:
+        """What a weight of the result is called in a source, which may have its layer under another number."""
+        match = NUMBERED.match(name)
+        if source.layers is None or match is None or match[1] not in self.depth.layers:
+            return name
+        layer = int(match[2]) - self.starts[self.rows.index(row)] + source.layers[0]
+        return f"{match[1]}{layer}.{name[match.end() :]}"
+
 
 def models_of(
     file: MergekitFile, rows: Sequence[Row], counts: Mapping[str, int]

@@ -343,6 +343,14 @@ WRONG = {
     "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}, {model: c, parameters: {weight: -1}}]\n": (
         "the weights 1, -1 add up to zero"
     ),
+    "merge_method: linear\nmodels:\n- {model: a, parameters: {weight: 1}}\n- {model: c, parameters: {weight: -1}}\n": (
+        "line 3: the weights 1, -1 add up to zero"
+    ),
+    "merge_method: ties\nbase_model: b\nparameters: {weight: 0}\nmodels:\n- {model: a}\n- {model: c}\n": (
+        "line 5: all weights are 0, so nothing would be merged."
+    ),
+    f"merge_method: [ties]\n{MODELS}": "line 1: merge_method is the name of a method, got ['ties'].",
+    f"merge_method: linear\n{MODELS}out_dtype: [float16]\n": "line 7: out_dtype must be one of",
     "merge_method: slerp\nbase_model: a\nmodels: [{model: a}, {model: c}]\n": "slerp needs the parameter t.",
     "merge_method: slerp\nbase_model: a\nmodels: [{model: a}]\nparameters: {t: 0.5}\n": "takes exactly 2 experts, got",
     "merge_method: slerp\nbase_model: a\nmodels: [{model: a}, {model: c}]\nparameters:\n  t: [0, 1.5]\n": (
@@ -407,6 +415,34 @@ def test_sources_of_one_slice_need_as_many_layers(here: Path) -> None:
 def test_layers_that_a_model_has_not_are_refused_with_their_line(here: Path) -> None:
     with pytest.raises(UserError, match=r"line 5: 'models/chat' has 3 layers, and none up to 3"):
         job_of(save(SLERP.replace("[0, 3]", "[1, 4]")), 0)
+
+
+ANCHORED = """
+models:
+  - &first
+    model: models/chat
+    parameters: &shares {weight: 0.3}
+  - <<: *first
+    model: models/code
+  - model: models/math
+    parameters:
+      <<: *shares
+      weight: 0.9
+merge_method: linear
+dtype: torch.float32
+out_dtype: null
+"""
+
+
+def test_a_recipe_may_repeat_parts_of_itself_and_change_them(cli: Cli, here: Path) -> None:
+    got = run(cli, ANCHORED)
+    chat, code, math = weights("chat"), weights("code"), weights("math")
+    assert_weights(got, {name: (0.3 * chat[name] + 0.3 * code[name] + 0.9 * math[name]) / 1.5 for name in chat})
+
+
+def test_what_a_repeated_part_says_is_refused_where_it_stands() -> None:
+    with pytest.raises(UserError, match=r"line 3: unknown key 'weigth'\."):
+        job_of(save(ANCHORED.replace("  - &first\n", "  - &first\n    weigth: 1\n")[1:]), 0)
 
 
 def test_a_recipe_without_an_output_folder_says_so(cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:

@@ -187,6 +187,30 @@ def test_slices_have_their_own_models_and_gradients(cli: Cli, here: Path) -> Non
     assert names == ["a", "stack"]
 
 
+FILTERED = """
+slices:
+  - sources:
+      - {model: models/a, layer_range: [1, 3], parameters: {weight: [{filter: layers.2., value: 0.9}, {value: 0.2}]}}
+      - {model: models/b, layer_range: [0, 2], parameters: {weight: [{filter: layers.0., value: 0.6}, {value: 0.3}]}}
+  - sources:
+      - {model: models/a, layer_range: [0, 1], parameters: {weight: [{filter: layers.0., value: 0.4}, {value: 0.5}]}}
+      - {model: models/b, layer_range: [2, 3], parameters: {weight: 0.1}}
+merge_method: linear
+parameters:
+  normalize: [{filter: layers.0., value: true}, {value: false}]
+"""
+
+
+def test_filters_look_at_the_names_that_a_weight_has_in_each_model_and_in_the_result(cli: Cli, here: Path) -> None:
+    got = run(cli, FILTERED)
+    a, b = by_hand([("a", 1), ("a", 2), ("a", 0)], "a", "a"), by_hand([("b", 0), ("b", 1), ("b", 2)], "b", "b")
+    shares = {0: (0.25, 0.75), 1: (0.9, 0.3), 2: (0.4, 0.1)}  # of the result's first layer, normalised
+    for name, x in got.items():
+        outer = (0.5, 0.1) if name in ("model.norm.weight", "lm_head.weight") else (0.2, 0.3)
+        of_a, of_b = shares[int(name.split(".")[2])] if "layers" in name else outer
+        torch.testing.assert_close(x, of_a * a[name] + of_b * b[name], rtol=0, atol=1e-6, msg=name)
+
+
 TIES = """
 slices:
   - sources:
