@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import tempfile
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mergectl import artefacts
 from mergectl.checkpoints import INDEX, SINGLE, Checkpoint
+from mergectl.digests import blake3
 from mergectl.errors import UserError, WorkError
 from mergectl.families import Family, open_family
-from mergectl.jsonfiles import read_record
+from mergectl.jsonfiles import read_json, read_record
 from mergectl.lab import Lab, versions
 from mergectl.merge import MergeJob, merge
 from mergectl.publish import Target
@@ -19,6 +21,9 @@ from mergectl.refs import ref_of
 from mergectl.supplies import supplies_of
 from mergectl.tensorfiles import SHARD_BYTES
 from mergectl.verbs import Result, merge_models
+
+PLACES = ("ref", "model", "base", "runs", "front", "back", "frame")  # in what a record says of a model: where it lies
+FOR_TASKS = ("unified.safetensors", "tasks/*/*.safetensors", "tasks/*/task.json")
 
 
 def show_again(lab: Lab, folder: Path, target: Target) -> None:
@@ -65,8 +70,8 @@ def remake(lab: Lab, record: Mapping[str, Any], folder: Path, out: Path | None, 
 def _compare(lab: Lab, job: MergeJob, family: Family, folder: Path, record: Mapping[str, Any]) -> str | None:
     """Merge into a folder that is removed afterwards."""
     device = lab.merge_device()
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.again-", dir=folder.absolute().parent) as work:
-        made = Path(work) / folder.name
+    with artefacts.beside(folder) as work:
+        made = work / "model"
         supplies = supplies_of(lab, family, job.recipe, job.options)
         with lab.terminal.progress(f"Merging {len(family.experts)} experts by {job.recipe.method} again") as progress:
             how: dict[str, Any] = {"progress": progress, "device": device, "supplies": supplies}
@@ -80,8 +85,10 @@ def job_of(record: Mapping[str, Any], folder: Path) -> MergeJob:
 
     try:
         recipe, output = record["recipe"], record.get("output", {})
-        base = next((ref_of(row) for row in record["inputs"] if row["role"] == "base"), None)
-        refs = [ref_of(row) for row in record["inputs"] if row["role"] == "expert"]
+        there = folder.absolute().parent / record.get("working_folder", ".")
+        inputs = [_found(row, there) for row in record["inputs"]]
+        base = next((ref_of(row) for row in inputs if row["role"] == "base"), None)
+        refs = [ref_of(row) for row in inputs if row["role"] == "expert"]
         refine = [(step["name"], step["settings"]) for step in recipe["refine"]]
         names = [task if task.rsplit("/", 1)[-1] == short else short for short, task in record["tasks"].items()]
         return MergeJob(
@@ -91,6 +98,17 @@ def job_of(record: Mapping[str, Any], folder: Path) -> MergeJob:
         )  # fmt: skip
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{folder / 'mergectl.json'} is no whole record of a merge ({error!r}).") from error
+
+
+def _found(value: Any, there: Path, *, place: bool = False) -> Any:
+    """What a record says of a model, its relative paths that lead nowhere from here as they led from `there`."""
+    if isinstance(value, Mapping):
+        return {key: _found(part, there, place=key in PLACES) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_found(part, there, place=place) for part in value]
+    if not place or not isinstance(value, str) or os.path.exists(value) or not os.path.exists(there / value):
+        return value
+    return os.path.normpath(there / value)
 
 
 def check_inputs(record: Mapping[str, Any], family: Family) -> None:
@@ -106,13 +124,16 @@ def check_inputs(record: Mapping[str, Any], family: Family) -> None:
 
 def difference(old: Path, new: Path, record: Mapping[str, Any]) -> str | None:
     """What is not the same in two models' weights, bit by bit; None if nothing. Shards may be cut differently."""
-    import torch
-
     made = Checkpoint(new, str(new))
     if not any((old / name).exists() for name in (SINGLE, INDEX)):
         then = record.get("output", {}).get("digest")
         return None if made.digest == then else f"its digest is {made.digest[:12]}, the record says {str(then)[:12]}"
-    kept = Checkpoint(old, str(old))
+    return _other_weight(Checkpoint(old, str(old)), made) or _other_for_a_task(old, new)
+
+
+def _other_weight(kept: Checkpoint, made: Checkpoint) -> str | None:
+    import torch
+
     if odd := sorted(set(kept) ^ set(made)):
         return f"'{odd[0]}' is in one of them only"
     for name in kept:
@@ -120,6 +141,23 @@ def difference(old: Path, new: Path, record: Mapping[str, Any]) -> str | None:
         same = (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
         if not same or not torch.equal(ours.reshape(-1).view(torch.uint8), theirs.reshape(-1).view(torch.uint8)):
             return f"'{name}' differs"
+    return None
+
+
+def _other_for_a_task(old: Path, new: Path) -> str | None:
+    """What differs of that which is kept for the tasks: heads, masks, what the masks are put on, and rescalers."""
+    files = [{str(path.relative_to(folder)) for pattern in FOR_TASKS for path in folder.glob(pattern)}
+             for folder in (old, new)]  # fmt: skip
+    if odd := sorted(files[0] ^ files[1]):
+        return f"{odd[0]} is in one of them only"
+    for name in sorted(files[0]):
+        one, other = old / name, new / name
+        if name.endswith(".json"):
+            same = read_json(one).get("rescaler") == read_json(other).get("rescaler")
+        else:
+            same = blake3(one) == blake3(other)
+        if not same:
+            return f"{name} differs"
     return None
 
 

@@ -78,6 +78,21 @@ def new_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def beside(folder: Path) -> Iterator[Path]:
+    """Yield a temporary sibling of a model, in which it is made once more; it is removed in any case."""
+    folder = folder.absolute()
+    if not os.access(folder.parent, os.W_OK):
+        raise UserError(f"{folder.parent}, where {folder.name} would be made anew, cannot be written. Add -o FOLDER.")
+    _remove_stale(folder)
+    work = folder.parent / f".{folder.name}.again-{os.getpid()}"
+    work.mkdir()
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
 def _is_full(error: Exception) -> bool:
     """Whether the disk had no room; the safetensors library says so in its text alone."""
     if isinstance(error, OSError):
@@ -104,7 +119,7 @@ def _swap(work: Path, out: Path, force: bool) -> None:
 def _remove_stale(out: Path) -> None:
     """Remove what a killed process left beside `out`; put back a folder caught in mid-replacement."""
     for path in out.parent.glob(f".{glob.escape(out.name)}.*-*"):
-        match = re.fullmatch(rf"\.{re.escape(out.name)}\.(tmp|old)-(\d+)", path.name)
+        match = re.fullmatch(rf"\.{re.escape(out.name)}\.(tmp|old|again)-(\d+)", path.name)
         if match and not _alive(int(match[2])):
             if match[1] == "old" and not out.exists():
                 path.rename(out)

@@ -13,7 +13,7 @@ TEXT, OBJECT, LIST = (str, "text"), (dict, "an object"), (list, "a list")
 CONFIG: dict[str, tuple[type, str]] = {"model_type": TEXT, "architectures": LIST, "id2label": OBJECT}
 RECORD: dict[str, tuple[type, str]] = {
     "kind": TEXT, "task": TEXT, "kind_of_task": TEXT, "base": TEXT, "base_digest": TEXT, "run": TEXT, "labels": LIST,
-    "inputs": LIST, "recipe": OBJECT, "tasks": OBJECT, "output": OBJECT,
+    "working_folder": TEXT, "inputs": LIST, "recipe": OBJECT, "tasks": OBJECT, "output": OBJECT,
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -67,7 +68,11 @@ def merge_models(
         supplies = supplies_of(lab, family, recipe, {**job.options, "watched": run.config_digest})
         record_calibration(run, supplies)
         with lab.terminal.progress(f"Merging {len(family.experts)} experts by {recipe.method}") as progress:
-            facts = {"run": run.id, "versions": versions()}
+            facts = {
+                "run": run.id,
+                "versions": versions(),
+                "working_folder": os.path.relpath(".", out.absolute().parent),
+            }
             force = force or reuse
             how: dict[str, Any] = {"progress": progress, "device": device, "supplies": supplies}
             watch = supplies.get("watch")

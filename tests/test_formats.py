@@ -367,6 +367,51 @@ def test_settings_per_task_refinements_and_exports_are_made_again(cli: Cli, popu
     assert sorted(path.name for path in Path().iterdir()) == ["lab", "m"]
 
 
+@pytest.mark.parametrize(
+    "file", ["head.safetensors", "masks.safetensors", "task.json", "../../unified.safetensors", "more.safetensors"]
+)
+def test_what_is_kept_for_a_task_is_compared_too(cli: Cli, capsys: Capture, population: Path, file: str) -> None:
+    experts = ["--base", population / "base", "--experts", population / "parity", population / "loop"]
+    assert cli("merge", "emr", *experts, "-o", "m") == 0
+    path = Path("m/tasks/loop") / file
+    if file == "task.json":
+        path.write_text(json.dumps({**json.loads(path.read_text()), "rescaler": 2.0}))
+    else:
+        own = load_file(path) if path.exists() else {"x": torch.zeros(1)}
+        save_file({name: torch.ones_like(x) for name, x in own.items()}, path)
+    assert cli("merge", "--again", "m") == 1
+    assert f"are not those of m: {path.resolve().relative_to(Path('m').resolve())} " in capsys.readouterr().err
+
+
+def test_a_merge_is_made_again_from_any_folder(
+    cli: Cli, population: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(population, "base")  # a role is no path
+    experts = ["--base", "base/base", "--experts", "base/parity", "base/loop"]
+    assert cli("merge", "average", *experts, "-o", "deep/m") == 0
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    assert cli("merge", "--again", "../deep/m") == 0
+    monkeypatch.chdir(tmp_path / "deep" / "m")
+    assert cli("merge", "--again", ".") == 0
+    monkeypatch.chdir(tmp_path)
+    shutil.rmtree("base/loop")
+    monkeypatch.chdir("elsewhere")
+    assert cli("merge", "--again", "../deep/m") == 2
+
+
+def test_what_a_killed_comparison_left_goes_with_the_next(
+    cli: Cli, population: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cli("merge", "average", "--experts", population / "parity", population / "loop", "-o", "m") == 0
+    with monkeypatch.context() as killed:
+        killed.setattr(shutil, "rmtree", lambda *_, **__: None)
+        assert cli("merge", "--again", "m") == 0
+    assert (left := list(Path().glob(".m.*")))
+    assert cli("merge", "--again", "m") == 0
+    assert left and not list(Path().glob(".m.*"))
+
+
 def test_again_without_the_old_weights_trusts_the_record(cli: Cli, capsys: Capture, population: Path) -> None:
     experts = ["--base", population / "base", "--experts", population / "parity", population / "loop"]
     assert cli("merge", "ties", *experts, "-o", "m") == 0
