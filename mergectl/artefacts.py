@@ -30,12 +30,15 @@ CARRIED = (
 MODEL = ("config.json", "adapter_config.json")  # a folder that holds one of them and weights may be replaced
 WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth)$")
 THERE = "{out} exists already. Choose another -o, or replace it with --force."
+LONGEST = 220  # bytes of a folder's name: file systems take 255, and its temporary sibling's is longer
 SAVING = 0.2  # seconds between two times that the disk is told to take what is there
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def check_free(out: Path, force: bool) -> None:
     """Refuse an output folder that exists, unless it may be replaced, and a parent that cannot be written."""
+    if len(os.fsencode(out.name)) > LONGEST or any(len(os.fsencode(part)) > 255 for part in out.parts):
+        raise UserError(f"{str(out)[:20]}... has a name in it that is too long for a folder. Choose a shorter -o.")
     if out.is_symlink():
         raise UserError(f"{out} is a link, which a folder does not replace. Name the folder itself, or another -o.")
     if out.exists() and not force:
@@ -44,7 +47,9 @@ def check_free(out: Path, force: bool) -> None:
         raise UserError(f"{out} is a file, not a folder. Choose another -o.")
     if out.exists() and any(out.iterdir()) and not _is_model(out):
         raise UserError(f"{out} is not a model folder, so --force will not replace it.")
-    parent = next(p for p in [out.absolute().parent, *out.absolute().parents] if p.exists())
+    parent = next(p for p in out.absolute().parents if p.exists() or p.is_symlink())
+    if not parent.exists():
+        raise UserError(f"{parent} is a link that leads nowhere. Choose another -o.")
     if not parent.is_dir():
         raise UserError(f"{parent} is a file, so nothing can be written in it. Choose another -o.")
     if not os.access(parent, os.W_OK):

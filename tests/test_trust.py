@@ -514,6 +514,14 @@ def test_a_link_is_no_output_folder(cli: Cli, capsys: Capture, population: Path,
     assert (tmp_path / "link").is_symlink() and not list(tmp_path.glob(".link*"))
 
 
+@pytest.mark.parametrize("out", [250 * "x", f"{300 * 'x'}/m", "dangling/m", "dangling/deep/m"], ids=len)
+def test_an_output_folder_that_cannot_be_is_refused(cli: Cli, capsys: Capture, population: Path, out: str) -> None:
+    Path("dangling").symlink_to("nowhere")
+    assert cli("merge", "average", "--experts", population / "parity", population / "loop", "-o", out) == 2
+    said = "dangling is a link that leads nowhere." if "dangling" in out else "too long for a folder."
+    assert said in capsys.readouterr().err and {path.name for path in Path().iterdir()} <= {"dangling", "lab"}
+
+
 def test_force_spares_a_project_that_has_a_config(cli: Cli, capsys: Capture, population: Path) -> None:
     Path("project/src").mkdir(parents=True)
     Path("project/config.json").write_text("{}")
