@@ -19,6 +19,7 @@ from mergectl.open_clip import VisionTower
 from mergectl.refs import Ref
 from mergectl.reheading import HeadedModel
 from mergectl.stacking import CutTokens, Stacked
+from mergectl.vocabulary import other_tokens
 
 __all__ = ["Family", "Population", "headed_prefix", "line_up", "named", "open_family", "short_names"]
 
@@ -111,7 +112,9 @@ def open_family(
         short: task if "/" in task else expert.task or task
         for short, task, (_, expert) in zip(shorts, ids, opened, strict=True)
     }
-    population = replace(population, notes=(*population.notes, *_shared_heads(known, population)))
+    alone = {} if any(base is expert for expert in by_task.values()) else {"the base": base}
+    mixed = other_tokens(alone | {f"'{short}'": expert for short, expert in by_task.items()})
+    population = replace(population, notes=(*population.notes, *_shared_heads(known, population), *mixed))
     return Family(
         base, by_task, known, population, base_ref is not None, _inputs(base if base_ref else None, by_task, known)
     )

@@ -18,6 +18,7 @@ from mergectl.prefixes import DISTILLED, headed_prefix_of, prefixes, within_modu
 from mergectl.reheading import HeadedModel
 from mergectl.tied import head_notes, repeated
 from mergectl.views import TOKENS, Grown, Renamed, grown
+from mergectl.vocabulary import Vocabulary, as_told
 
 TEXT_SIDE = re.compile(r"(clip\.)?(text_model\.|text_projection\.|logit_scale$)")  # of CLIP
 Hidden = frozenset[str]  # names that are not lined up
@@ -160,13 +161,17 @@ def _grown(
     views: Mapping[str, Mapping[str, str]],
 ) -> dict[str, Grown]:
     """The weights in which only the number of tokens differs; any other difference of shape is refused."""
-    found = {}
+    found: dict[str, Grown] = {}
+    known: dict[str | None, Vocabulary | None] = {}
     for name, own in merged.items():
         shapes = {task: experts[task].shape(view[name]) for task, view in views.items()}
         odd = next((task for task, shape in shapes.items() if shape != base.shape(own)), None)
         if odd is None:
             continue
-        fitting = grown(name, base.shape(own), shapes)
+        if not known:
+            known[None] = as_told(base)
+            known |= {task: as_told(expert) for task, expert in experts.items()}
+        fitting = grown(name, base.shape(own), shapes, known)
         if fitting is None or fitting.common < min(map(_tokens, (base, *experts.values()))):
             raise UserError(
                 f"'{name}' has shape {list(base.shape(own))} in {base.ref} but {list(shapes[odd])} in expert '{odd}' "

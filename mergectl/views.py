@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 __all__ = ["TOKENS", "Grown", "Renamed", "grown"]
 
 
+Vocabularies = Mapping[str | None, Mapping[int, str] | None]  # row -> token, of experts by task and the base (None)
+
+
 @dataclass(frozen=True)
 class Grown:
     """A weight with one row per token, of which some models have more: rows below `common` are merged."""
@@ -24,6 +28,7 @@ class Grown:
     common: int
     parts: tuple[tuple[str | None, int, int], ...]  # (expert or None for the base, first row, row after the last)
     unused: tuple[str, ...]  # experts that have such rows, too, but lend none
+    tokens_of: str | None = None  # the expert that lends the last row which is known to stand for a token
 
     @property
     def total(self) -> int:
@@ -35,26 +40,40 @@ class Grown:
         return (*shape[: self.dim], self.common if rows is None else rows, *shape[self.dim + 1 :])
 
 
-def grown(name: str, base: tuple[int, ...], experts: Mapping[str, tuple[int, ...]]) -> Grown | None:
+def grown(
+    name: str, base: tuple[int, ...], experts: Mapping[str, tuple[int, ...]], known: Vocabularies | None = None
+) -> Grown | None:
     """How weights of these shapes go together if only their numbers of tokens differ; None if they do not.
 
-    Rows that not all models have come from the expert with most of them, and where no expert has them, from the base.
+    Rows that not all models have come from the expert with most tokens there that has one in the row; rows without a
+    token (padding) from the expert with most rows; what no expert has, from the base. A model whose vocabulary is not
+    known is taken to have a token in each of its rows.
     """
     shapes = [base, *experts.values()]
     dim = token_dim(base)
     others = {(*shape[:dim], *shape[dim + 1 :]) for shape in shapes}
     if not TOKENS.search(name) or not base or {len(shape) for shape in shapes} != {len(base)} or len(others) != 1:
         return None
-    common = min(shape[dim] for shape in shapes)
-    most = max(experts, key=lambda task: experts[task][dim])
-    ends = [(task, end) for task, end in ((most, experts[most][dim]), (None, base[dim])) if end > common]
-    parts, start = [], common
-    for task, end in ends:
-        if end > start:
-            parts.append((task, start, end))
-            start = end
-    unused = tuple(task for task, shape in experts.items() if task != most and shape[dim] > common)
-    return Grown(dim, common, tuple(parts), unused)
+    rows: dict[str | None, int] = {None: base[dim]}
+    rows |= {task: shape[dim] for task, shape in experts.items()}
+    common, total = min(rows.values()), max(rows.values())
+    told = {who: found for who, found in (known or {}).items() if found is not None}
+    used = {who: {row for row in told.get(who, range(end)) if common <= row < end} for who, end in rows.items()}
+    by_tokens = [*sorted(experts, key=lambda task: -len(used[task])), None]
+    by_rows = [*sorted(experts, key=lambda task: -rows[task]), None]
+
+    def owner(row: int) -> str | None:
+        padding = (who for who in by_rows if row < rows[who])
+        return next((who for who in by_tokens if row in used[who]), next(padding))
+
+    owners = [owner(row) for row in range(common, total)]
+    parts = [(who, len(list(run))) for who, run in itertools.groupby(owners)]
+    ends = list(itertools.accumulate((count for _, count in parts), initial=common))
+    last = next((who for row, who in zip(range(total, common, -1), owners[::-1], strict=True)
+                 if row - 1 in told.get(who, ())), owners[-1])  # fmt: skip
+    unused = tuple(task for task in experts if rows[task] > common and task not in owners)
+    placed = tuple((who, start, end) for (who, _), start, end in zip(parts, ends, ends[1:], strict=False))
+    return Grown(dim, common, placed, unused, last)
 
 
 @dataclass(frozen=True)

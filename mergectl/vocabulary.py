@@ -6,7 +6,8 @@ A merge goes row by row, so it is well defined where a row means the same token 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 from mergectl.errors import UserError
 from mergectl.jsonfiles import read_json
@@ -15,6 +16,7 @@ from mergectl.tokens import TOKENS, token_dim
 from mergectl.weights import Checkpoint
 
 Vocabulary = dict[int, str]
+LISTS = ("tokenizer.json", "vocab.json", "vocab.txt", "added_tokens.json")  # of tokens and their numbers
 
 
 def rows_of(model: Checkpoint) -> int:
@@ -25,19 +27,60 @@ def rows_of(model: Checkpoint) -> int:
 
 def vocabulary(model: Checkpoint) -> Vocabulary | None:
     """A model's tokens by number, as far as it has rows for them; None where no file tells."""
-    folder, found = model.folder, None
+    try:
+        found = _listed(model.folder)
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        raise UserError(f"The tokenizer in {model.folder} lists its tokens in a way that cannot be read.") from error
+    rows = rows_of(model)
+    return None if found is None else {number: token for number, token in found.items() if number < rows}
+
+
+def _listed(folder: Path) -> Vocabulary | None:
+    """All tokens that a folder's tokenizer lists, by number."""
     if (folder / "tokenizer.json").exists():
         content = read_json(folder / "tokenizer.json")
         listed = (content.get("model") or {}).get("vocab") or {}
         pairs = listed.items() if isinstance(listed, Mapping) else ((row[0], n) for n, row in enumerate(listed))
-        found = {number: token for token, number in pairs}
-        found |= {row["id"]: row["content"] for row in content.get("added_tokens") or ()}
-    elif (folder / "vocab.json").exists():
-        found = {number: token for token, number in read_json(folder / "vocab.json").items()}
+        found = {int(number): str(token) for token, number in pairs}
+        return found | {int(row["id"]): str(row["content"]) for row in content.get("added_tokens") or ()}
+    if (folder / "vocab.json").exists():
+        found = {int(number): token for token, number in read_json(folder / "vocab.json").items()}
     elif (folder / "vocab.txt").exists():
         found = dict(enumerate((folder / "vocab.txt").read_text(encoding="utf-8").splitlines()))
-    rows = rows_of(model)
-    return None if found is None else {number: token for number, token in found.items() if number < rows}
+    else:
+        return None
+    added = folder / "added_tokens.json"
+    return found | ({int(number): token for token, number in read_json(added).items()} if added.exists() else {})
+
+
+def as_told(model: Checkpoint) -> Vocabulary | None:
+    """A model's tokens by number, None also where its files cannot be read."""
+    try:
+        return vocabulary(model)
+    except UserError:
+        return None
+
+
+def other_tokens(models: Mapping[str, Checkpoint]) -> Iterator[str]:
+    """Say which models use a row for another token than one before them; those of one tokenizer need no look."""
+    files = {
+        who: tuple(path.read_bytes() for path in (model.folder / name for name in LISTS) if path.is_file())
+        for who, model in models.items()
+    }
+    if len(set(files.values()) - {()}) < 2:
+        return
+    seen: dict[int, tuple[str, str]] = {}
+    for who, model in models.items():
+        found = as_told(model) or {}
+        odd = [row for row in sorted(found) if row in seen and seen[row][0] != found[row]]
+        if odd:
+            token, other = seen[odd[0]]
+            more = f" (so are {len(odd) - 1} more rows)" if len(odd) > 1 else ""
+            yield (
+                f"Row {odd[0]} of the vocabulary is {json.dumps(found[odd[0]])} in {who} and {json.dumps(token)} in "
+                f"{other}{more}: what is merged row by row mixes them."
+            )
+        seen = {row: (token, who) for row, token in found.items()} | seen
 
 
 def check_rows(models: Sequence[Checkpoint], word: str) -> None:

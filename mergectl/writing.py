@@ -110,9 +110,8 @@ def _needed(family: Family, stream: Stream, shapes: Mapping[str, tuple[int, ...]
 
 def _donors(family: Family) -> list[Path]:
     """Folders that may lend a tokenizer: the expert whose tokens the result has, the base, the other experts."""
-    grown = family.population.base.grown.values()
     lender = next(
-        (task for rows in grown for task, _, end in rows.parts if task is not None and end == rows.total), None
+        (rows.tokens_of for rows in family.population.base.grown.values() if rows.tokens_of is not None), None
     )
     first = [] if lender is None else [family.experts[lender].folder]
     return [*first, family.base.folder, *(expert.folder for expert in family.experts.values())]

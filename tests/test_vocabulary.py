@@ -107,6 +107,60 @@ def test_models_without_a_tokenizer_are_taken_as_equal(cli: Cli) -> None:
     assert run(cli, "base") == run(cli, "union") == 0
 
 
+def merged(cli: Cli, *experts: str, more: Sequence[str] = ("--base", "base")) -> int:
+    return cli("merge", "task_arithmetic", *more, "--experts", *experts, "-o", "out", "--scale", "0.5", "--force")
+
+
+def test_rows_beyond_the_common_ones_come_from_the_model_that_has_tokens_there_and_so_does_the_tokenizer(
+    cli: Cli, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make("base", 4, WORDS)
+    chat, code = make("chat", 6, WORDS, ["<im>", "</im>"]), make("code", 9, WORDS, ["<im>"])
+    padded = make("padded", 16, WORDS)
+    assert merged(cli, "chat", "code", "padded") == 0
+    got, config, tokens = result()
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        for own, start, end in ((chat, 4, 6), (padded, 6, 16)):
+            assert torch.equal(got[name][start:end], own[name][start:end])
+    assert (config["vocab_size"], tokens) == (16, {*WORDS, "<im>", "</im>"})
+    err = capsys.readouterr().err
+    assert "rows 4 to 5 kept from 'chat' and 6 to 15 kept from 'padded'; those of 'code' are not used." in err
+    assert len(code["lm_head.weight"]) == 9 and "mixes them" not in err
+    assert cli("merge", "--again", "out") == 0
+
+
+def test_a_row_that_is_another_token_in_another_model_is_told(cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
+    make("base", 4, WORDS)
+    make("chat", 6, WORDS, ["<x>", "<z>"])
+    make("code", 6, WORDS, ["<y>", "<x>"])
+    said = "Row 4 of the vocabulary is \"<y>\" in 'code' and \"<x>\" in 'chat' (so are 1 more rows): what is merged"
+    assert merged(cli, "chat", "code") == 0
+    assert said in capsys.readouterr().err and said in Path("out/README.md").read_text()
+    assert cli("merge", "average", "--experts", "chat", "code", "-o", "out", "--force") == 0
+    assert said in capsys.readouterr().err
+    Path("code/tokenizer.json").write_text('{"model": 3}')
+    assert merged(cli, "chat", "code") == 0
+    assert "of the vocabulary is" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ['{"model": 3}', '{"model": {"vocab": [1]}}', '{"added_tokens": [{"id": 1}]}', "3"])
+def test_a_tokenizer_of_another_form_is_refused_where_it_is_needed(
+    text: str, cli: Cli, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("base", "chat", "code"):
+        make(name, 4, WORDS)
+    Path("code/tokenizer.json").write_text(text)
+    assert run(cli, "union") == 2
+    assert "code" in capsys.readouterr().err and not Path("out").exists()
+
+
+def test_tokens_that_were_added_beside_a_list_of_words_are_known() -> None:
+    make("base", 6, None)
+    Path("base/vocab.json").write_text(json.dumps({word: n for n, word in enumerate(WORDS)}))
+    Path("base/added_tokens.json").write_text(json.dumps({"<x>": 4}))
+    assert vocabulary(open_checkpoint("base")) == dict(enumerate([*WORDS, "<x>"]))
+
+
 WRONG: dict[str, tuple[str, list[tuple[int, list[str] | None, list[str]]], str]] = {
     "another token in a row": (
         "base", [(4, WORDS, []), (4, ["<s>", "a", "c", "b"], []), (4, WORDS, [])],
