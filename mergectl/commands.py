@@ -191,12 +191,13 @@ def _merge(
 
 def merge_recipe(lab: Lab, path: Path, target: Target) -> None:
     """Merge as a recipe file says."""
-    from mergectl.config import MergeFile, read_file
+    from mergectl.config import MergeFile, naming_lines, read_file
     from mergectl.families import named
     from mergectl.layer_maps import given
     from mergectl.layouts import laid_out
     from mergectl.mergekit import is_mergekit
     from mergectl.options import with_seed
+    from mergectl.plan import check_beforehand, recipe_of
 
     if is_mergekit(path):
         _merge_mergekit(lab, path, target)
@@ -210,6 +211,9 @@ def merge_recipe(lab: Lab, path: Path, target: Target) -> None:
         raise UserError(f"{path} names no output folder. Add 'out: FOLDER', or give -o FOLDER.")
     lab = with_seed(lab, recipe.seed)
     models = laid_out(named(recipe.experts), recipe.layout, lab.find_run)
+    with naming_lines(path, "settings", "refine"):
+        told = recipe_of(recipe.method, recipe.settings, recipe.refine, lab.seed)
+        check_beforehand(told, [task for task, _ in models])
     _merge(lab, recipe.method, recipe.settings, models, recipe.base, recipe.refine, recipe.dtype,
            recipe.export, target, given(recipe.layer_map, recipe.depth, recipe.head, lab.seed),
            options=recipe.options)  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 from collections.abc import Iterator, Mapping
@@ -109,6 +110,19 @@ def read_file(path: Path, schema: type[Model]) -> Model:
         # A misspelt key also leaves the right one missing: say the misspelling.
         problem = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
         raise UserError(_sentence(path, problem, lines, schema)) from error
+
+
+@contextlib.contextmanager
+def naming_lines(path: Path, *parts: str) -> Iterator[None]:
+    """Say beside an error in which line of a file it lies: that of the first key below `parts` which it speaks of."""
+    try:
+        yield
+    except UserError as error:
+        words = re.findall(r"\w+", str(error))
+        lines = {str(place[-1]): line for place, line in reversed(read_lines(path)[1].items())
+                 if len(place) > 1 and place[0] in parts}  # fmt: skip
+        line = next((f", line {lines[word]}" for word in words if word in lines), "")
+        raise UserError(f"{path}{line}: {error}") from error
 
 
 def read_lines(path: Path) -> tuple[dict[str, Any], dict[tuple[Any, ...], int]]:

@@ -347,6 +347,21 @@ def test_a_wrong_setting_in_a_recipe(cli: Cli, capsys: Capture, population: Path
     assert "Did you mean 'density'?" in refused(cli, capsys, "merge", "-c", "recipe.yaml", "-o", "out")
 
 
+WRONG_SETTINGS = {
+    "settings:\n  densty: 0.3\n": "line 5: No setting 'densty' in method 'ties'. Did you mean 'density'?",
+    "settings:\n  scale: 1\n  density: 20\n": "line 6: density must lie between",
+    "settings:\n  density: [0.1, 0.2, 0.3]\n": "line 5: density has 3 values for 2 tasks",
+    "refine:\n  - dare:\n      drp: 0.5\n": "line 6: No setting 'drp' in refinement 'dare'. Did you mean 'drop'?",
+    "refine: [{darr: {}}]\n": "line 4: No method 'darr'.",
+}
+
+
+@pytest.mark.parametrize("text", WRONG_SETTINGS, ids=WRONG_SETTINGS.__getitem__)
+def test_a_wrong_setting_of_a_recipe_is_told_with_its_line(cli: Cli, capsys: Capture, text: str) -> None:
+    Path("recipe.yaml").write_text(f"method: ties\nbase: b\nexperts: {{x: a, y: c}}\n{text}")
+    assert WRONG_SETTINGS[text] in refused(cli, capsys, "merge", "-c", "recipe.yaml", "-o", "out")
+
+
 def test_a_data_file_without_the_expected_column(cli: Cli, capsys: Capture, population: Path) -> None:
     Path("rows.csv").write_text("text,answer\nfine,yes\nbad,no\n")
     task = {"data": "rows.csv", "inputs": ["sentence"], "label": "answer", "labels": ["no", "yes"]}
