@@ -48,6 +48,7 @@ def line_up(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> Population:
     views, heads = {}, {}
     for task, expert in experts.items():
         views[task], heads[task] = _pair(base, strip, expert, hidden)
+    _set_aside_copies(base, strip, experts, views, heads)
     blended = _blended(base, strip, experts, views, heads)
     shared = _shared_names(base, strip, views, hidden)
     merged = {name: own for name, own in shared.items() if base.dtype(own) in FLOATING}
@@ -101,6 +102,30 @@ def _blended(
         views[task] |= {name: name for name in found}
         heads[task] = tuple(name for name in heads[task] if name not in found)
     return tuple(name for name in own if any(name in views[task] for task in asking))
+
+
+def _set_aside_copies(
+    base: Checkpoint,
+    strip: str,
+    experts: Mapping[str, Checkpoint],
+    views: dict[str, dict[str, str]],
+    heads: dict[str, tuple[str, ...]],
+) -> None:
+    """Take out of the pairs what some files repeat of another weight over the tokens, and others store once."""
+    import torch
+
+    ours = {name: own for own, name in common_names(base.names, strip).items() if TOKENS.search(name)}
+    everywhere = [name for name in ours if all(name in view for view in views.values())]
+    for name, own in ours.items():
+        having = [task for task, view in views.items() if name in view]
+        if len(having) in (0, len(views)):
+            continue
+        pairs = [(base, ours), *((experts[task], views[task]) for task in having)]
+        for of in (of for of in everywhere if base.shape(ours[of]) == base.shape(own)):
+            if all(torch.equal(model[names[name]], model[names[of]]) for model, names in pairs):
+                for task in having:
+                    heads[task] = (*heads[task], views[task].pop(name))
+                break
 
 
 def _frozen_texts(base: Checkpoint, experts: Sequence[Checkpoint]) -> Hidden:

@@ -231,6 +231,22 @@ def test_a_stored_copy_of_tied_weights_follows_what_it_copies(
     assert torch.equal(weights(Path("x")).get("lm_head.weight", mean), mean)
 
 
+def test_a_copy_that_only_some_files_store_is_no_missing_weight(cli: Cli, capsys: Capture, tmp_path: Path) -> None:
+    base, one, two = (llama(tmp_path / name, seed, tied=True) for seed, name in enumerate(("base", "one", "two")))
+    for folder in (base, one):
+        own = load_file(folder / "model.safetensors")
+        save_file({**own, "lm_head.weight": own["model.embed_tokens.weight"].clone()}, folder / "model.safetensors")
+    assert cli("merge", "average", *words(base, one, two)) == 0
+    merged = weights(Path("m"))
+    mean = (weights(one)["model.embed_tokens.weight"] + weights(two)["model.embed_tokens.weight"]) / 2
+    assert torch.equal(merged["model.embed_tokens.weight"], mean) and torch.equal(merged["lm_head.weight"], mean)
+    assert "'lm_head.weight' of 'one' only repeats" in capsys.readouterr().err
+    own = load_file(one / "model.safetensors")
+    save_file({**own, "lm_head.weight": own["lm_head.weight"] + 1}, one / "model.safetensors")
+    assert cli("merge", "average", *words(base, one, two, out="x")) == 2
+    assert "Expert 'two' has no weight 'lm_head.weight'" in capsys.readouterr().err
+
+
 def test_old_spellings_of_layer_norm_are_the_same_weights(cli: Cli, population: Path, tmp_path: Path) -> None:
     def old(own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         spelled = {n.replace("layernorm_before.weight", "layernorm_before.gamma"): w for n, w in own.items()}
