@@ -36,7 +36,9 @@ def check_repo(repo: str | None, public: bool) -> None:
     if repo is None:
         if public:
             raise UserError("--public says how to push, but nothing is pushed. Add --push ORG/NAME.")
-    elif not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", repo) or re.search(r"--|\.\.|(^|/)[-.]|[-.](/|$)", repo):
+    elif not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", repo, re.ASCII) or re.search(
+        r"--|\.\.|(^|/)[-.]|[-.](/|$)|\.git$", repo
+    ):
         raise UserError(f"--push {repo} is not a name on the hub. Write ORG/NAME, or your own user name and NAME.")
 
 

@@ -537,7 +537,7 @@ def test_a_push_that_fails_leaves_the_model_and_says_how_to_go_on(
     assert Path("m/model.safetensors").exists()
 
 
-@pytest.mark.parametrize("repo", ["merged", "a/b/c", "a/..", "a/-b", "", "a/b c", "../x"])
+@pytest.mark.parametrize("repo", ["merged", "a/b/c", "a/..", "a/-b", "", "a/b c", "../x", "ü/x", "a/b.git"])
 def test_what_is_no_name_on_the_hub_is_refused_before_any_work(
     cli: Cli, capsys: Capture, population: Path, hub: type[Hub], repo: str
 ) -> None:
