@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
-_TOGETHER = 1 << 24  # elements of weights whose inner products are taken in one go
+_TOGETHER = 1 << 22  # elements of weights whose inner products are taken in one go
 
 
 def norm(row: Array) -> Array:
@@ -58,9 +58,12 @@ def blend(
     vectors: TaskVectors, factors: Callable[[Array], Sequence[float]], base: Weights | None = None
 ) -> Iterator[Any]:
     """Yield for each weight its rows times the factors that a function makes of their inner products, on a base."""
-    for part in vectors.by_weight(_TOGETHER):
+
+    def of_weights(part: TaskVectors) -> Iterator[Any]:
         made = {weight: factors(products) for weight, products in part.products_by_weight().items()}
-        yield from part.each_sum(functools.partial(_blended, made, part, base))
+        return part.each_sum(functools.partial(_blended, made, part, base))
+
+    return vectors.per_weight(of_weights, _TOGETHER)
 
 
 def _blended(

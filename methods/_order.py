@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -75,6 +76,14 @@ def between_bits(row: Array, base: Array | None, low: float, high: float, magnit
     )
     inside, *counts = _fused.between(row, base, first, last, magnitudes, room)
     return Between(_folded(room[:inside].view(np.float32)).view(np.float32), *counts)
+
+
+@functools.lru_cache
+def _ends(low: float, high: float, magnitudes: bool) -> tuple[np.int32, np.int32]:
+    """Return bounds as such whole numbers; no magnitude is below 0."""
+    ends = np.array([low, high], np.float32) + np.float32(0)
+    first, last = np.where(magnitudes & (ends < 0), np.int32(-1), _folded(ends))
+    return first, last
 
 
 def _folded(numbers: Array) -> Array:
