@@ -84,14 +84,16 @@ def merge(
 
 
 def out_dtype(choice: str, family: Family) -> str:
-    """`auto` is the widest type among base and experts, so that a half-precision base loses no task vector."""
+    """`auto` is the narrowest type that holds those of base and experts, so that no task vector is lost."""
     if choice != "auto":
         return DTYPES[choice]
     view = family.population.base
     words = [family.base.dtype(own) for own in view.own_name.values()]
     for expert in family.population.experts.values():
         words += [family.experts[_task_of(family, expert)].dtype(own) for own in expert.own_name.values()]
-    return max(sorted(set(words)), key=WIDTH.__getitem__)
+    if set(words) == {"F16", "BF16"}:  # neither holds the other's numbers
+        return "F32"
+    return max(words, key=WIDTH.__getitem__)
 
 
 def _task_of(family: Family, view: object) -> str:

@@ -177,6 +177,20 @@ def test_a_result_that_does_not_fit_its_type_is_refused(
     assert not Path("m").exists()
 
 
+@pytest.mark.parametrize(
+    ("types", "wanted"), [("eeb", "float32"), ("eee", "float16"), ("bbb", "bfloat16"), ("bef", "float32")]
+)
+def test_the_result_has_a_type_that_holds_the_numbers_of_all_models(
+    cli: Cli, trio: tuple[Path, Path, Path], types: str, wanted: str
+) -> None:
+    letters = {"e": torch.float16, "b": torch.bfloat16, "f": torch.float32}
+    for folder, letter in zip(trio, types, strict=True):
+        own = {name: weight.to(letters[letter]) for name, weight in weights(folder).items()}
+        save_file(own, folder / "model.safetensors", metadata={"format": "pt"})
+    assert cli("merge", "average", *words(*trio)) == 0
+    assert {str(weight.dtype) for weight in weights(Path("m")).values()} == {f"torch.{wanted}"}
+
+
 @pytest.mark.parametrize("dtype", ["auto", "float16", "bfloat16"])
 @pytest.mark.parametrize("export", [False, True])
 def test_infinities_of_a_weight_that_is_not_merged_stay(
