@@ -85,7 +85,7 @@ def job_of(record: Mapping[str, Any], folder: Path) -> MergeJob:
 
     try:
         recipe, output = record["recipe"], record.get("output", {})
-        there = folder.absolute().parent / record.get("working_folder", ".")
+        there = folder.resolve().parent / record.get("working_folder", ".")
         inputs = [_found(row, there) for row in record["inputs"]]
         base = next((ref_of(row) for row in inputs if row["role"] == "base"), None)
         refs = [ref_of(row) for row in inputs if row["role"] == "expert"]

@@ -30,6 +30,7 @@ CARRIED = (
 MODEL = ("config.json", "adapter_config.json")  # a folder that holds one of them and weights may be replaced
 WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth)$")
 THERE = "{out} exists already. Choose another -o, or replace it with --force."
+LONGEST_PATH = 3800  # bytes: systems take 4095, and what lies in the folder is named, too
 LONGEST = 220  # bytes of a folder's name: file systems take 255, and its temporary sibling's is longer
 SAVING = 0.2  # seconds between two times that the disk is told to take what is there
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -37,7 +38,8 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 def check_free(out: Path, force: bool) -> None:
     """Refuse an output folder that exists, unless it may be replaced, and a parent that cannot be written."""
-    if len(os.fsencode(out.name)) > LONGEST or any(len(os.fsencode(part)) > 255 for part in out.parts):
+    parts = [len(os.fsencode(part)) for part in out.absolute().parts]
+    if parts[-1] > LONGEST or max(parts) > 255 or sum(parts) + len(parts) > LONGEST_PATH:
         raise UserError(f"{str(out)[:20]}... has a name in it that is too long for a folder. Choose a shorter -o.")
     if out.is_symlink():
         raise UserError(f"{out} is a link, which a folder does not replace. Name the folder itself, or another -o.")

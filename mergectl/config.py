@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -114,14 +115,19 @@ def read_file(path: Path, schema: type[Model]) -> Model:
 
 @contextlib.contextmanager
 def naming_lines(path: Path, *parts: str) -> Iterator[None]:
-    """Say beside an error in which line of a file it lies: that of the first key below `parts` which it speaks of."""
+    """Say beside an error in which line of a file it lies: that of the first key below `parts` which it speaks of.
+
+    A key that stands there more than once names no line.
+    """
     try:
         yield
     except UserError as error:
         words = re.findall(r"\w+", str(error))
-        lines = {str(place[-1]): line for place, line in reversed(read_lines(path)[1].items())
-                 if len(place) > 1 and place[0] in parts}  # fmt: skip
-        line = next((f", line {lines[word]}" for word in words if word in lines), "")
+        lines: dict[str, list[int]] = {}
+        for place, number in read_lines(path)[1].items():
+            if len(place) > 1 and place[0] in parts and isinstance(place[-1], str):
+                lines.setdefault(place[-1], []).append(number)
+        line = next((f", line {lines[word][0]}" for word in words if len(lines.get(word, ())) == 1), "")
         raise UserError(f"{path}{line}: {error}") from error
 
 
@@ -139,7 +145,9 @@ def read_lines(path: Path) -> tuple[dict[str, Any], dict[tuple[Any, ...], int]]:
         loader = _loader()(text)
         node = loader.get_single_node()
         if isinstance(node, yaml.MappingNode):
-            _number(node, (), lines)  # first: what `<<` merges is later not to be told from the mapping's own keys
+            _number(
+                node, (), lines, itertools.count()
+            )  # first: what `<<` merges is later not to be told from the mapping's own keys
         content = None if node is None else loader.construct_document(node)
     except (yaml.YAMLError, ValueError) as error:  # a date that is none is a ValueError
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
@@ -152,38 +160,46 @@ def read_lines(path: Path) -> tuple[dict[str, Any], dict[tuple[Any, ...], int]]:
     return content, lines
 
 
-def _number(node: yaml.Node, place: tuple[Any, ...], lines: dict[tuple[Any, ...], int]) -> None:
+def _number(node: yaml.Node, place: tuple[Any, ...], lines: dict[tuple[Any, ...], int], seen: Iterator[int]) -> None:
     """Note the line of every key and list item; of a key that stands twice, only the last value would count."""
     import yaml
 
     lines.setdefault(place, node.start_mark.line + 1)
-    if len(lines) > MOST_VALUES:
-        problem = f"its anchors and aliases stand for more than {MOST_VALUES:,} values"
-        raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+    _count(node, seen)
     if isinstance(node, yaml.MappingNode):
-        for key, value in _pairs(node):
+        for key, value in _pairs(node, seen):
             if (*place, key.value) in lines:
                 raise yaml.MarkedYAMLError(problem=f"the key '{key.value}' stands twice", problem_mark=key.start_mark)
             lines[(*place, key.value)] = key.start_mark.line + 1
-            _number(value, (*place, key.value), lines)
+            _number(value, (*place, key.value), lines, seen)
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
-            _number(value, (*place, index), lines)
+            _number(value, (*place, index), lines, seen)
 
 
-def _pairs(node: yaml.MappingNode) -> Iterator[tuple[yaml.ScalarNode, yaml.Node]]:
+def _count(node: yaml.Node, seen: Iterator[int]) -> None:
+    """Count a value that is looked at; one and the same may be, through many aliases."""
+    import yaml
+
+    if next(seen) >= MOST_VALUES:
+        problem = f"its anchors and aliases stand for more than {MOST_VALUES:,} values"
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+
+
+def _pairs(node: yaml.MappingNode, seen: Iterator[int]) -> Iterator[tuple[yaml.ScalarNode, yaml.Node]]:
     """A mapping's keys and values, then those that `<<` adds to them; other kinds of keys are refused elsewhere."""
     import yaml
 
     pairs = [(key, value) for key, value in node.value if isinstance(key, yaml.ScalarNode)]
     own = [(key, value) for key, value in pairs if key.tag != MERGED]
     yield from own
-    seen = {key.value for key, _ in own}
+    known = {key.value for key, _ in own}
     for value in (value for key, value in pairs if key.tag == MERGED):
         for part in value.value if isinstance(value, yaml.SequenceNode) else [value]:
-            added = list(_pairs(part)) if isinstance(part, yaml.MappingNode) else []
-            yield from ((key, below) for key, below in added if key.value not in seen)
-            seen |= {key.value for key, _ in added}
+            _count(part, seen)
+            added = list(_pairs(part, seen)) if isinstance(part, yaml.MappingNode) else []
+            yield from ((key, below) for key, below in added if key.value not in known)
+            known |= {key.value for key, _ in added}
 
 
 def _sentence(

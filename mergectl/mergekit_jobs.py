@@ -67,8 +67,8 @@ def job_of(path: Path, seed: int, find_run: FindRun | None = None) -> MergeJob:
     file = read(path)
     rows = rows_of(file)
     info = describe(file.method.ours)
+    _check_weights(file, rows)
     for row in rows:
-        _check_weights(file, row)
         recipe = _settings(file, [row], [""])
         try:
             check_experts(info, len(row.experts))
@@ -82,15 +82,17 @@ def job_of(path: Path, seed: int, find_run: FindRun | None = None) -> MergeJob:
     return MergeJob(recipe_of(info.name, recipe, (), seed), experts, base, file.dtype)
 
 
-def _check_weights(file: MergekitFile, row: Row) -> None:
-    """Refuse a slice in which every model has the weight 0, wherever it lies."""
+def _check_weights(file: MergekitFile, rows: Sequence[Row]) -> None:
+    """Refuse a recipe in which every model has the weight 0 in every slice; one slice may be the base's."""
     if "weight" not in file.method.parameters:
         return
-    levels = [row.part.parameters, file.parameters, *(source.parameters for source in row.experts)]
+    sources = [source for row in rows for source in row.experts]
+    levels = [file.parameters, *(row.part.parameters for row in rows), *(source.parameters for source in sources)]
     if any(gradients.is_varied(level.get("weight")) for level in levels):
         return
-    if not any(Here(file, Course([row], [""]), row, "", 0.0).each("weight")):
-        place = (*row.experts[0].place, "parameters", "weight")
+    if not any(any(Here(file, Course([row], [""]), row, "", 0.0).each("weight")) for row in rows):
+        first = sources[0]
+        place = (*(first.place if "weight" in first.parameters else ()), "parameters", "weight")
         raise file.error(place, "all weights are 0, so nothing would be merged. Change one of them.")
 
 
@@ -133,8 +135,10 @@ def _settings(file: MergekitFile, rows: Sequence[Row], names: Sequence[str]) -> 
             for name in names for row, depth in [course.of(name)]
         }  # fmt: skip
     except UserError as error:
-        place = (*rows[0].experts[0].place, "parameters", "weight")
-        raise error if str(error).startswith(str(file.path)) else file.error(place, str(error)) from error
+        if str(error).startswith(str(file.path)):
+            raise
+        weight = (*rows[0].experts[0].place, "parameters", "weight")
+        raise file.error(weight if "weights" in str(error) else rows[0].part.place, str(error)) from error
     keys = next(iter(found.values()))
     return {key: gradients.patterns({name: row[key] for name, row in found.items()}) for key in keys}
 

@@ -86,7 +86,10 @@ class Pool:
             self._worker.depth -= 1
 
     def room(self, use: str, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Tensor:
-        """Memory to be filled: in a piece of work what the thread last had for this, other than the work it is for."""
+        """Memory to be filled: in a piece of work what the thread last had for this use and shape.
+
+        Work that a piece of work asks for has memory of its own.
+        """
         import torch
 
         depth = getattr(self._worker, "depth", 0)

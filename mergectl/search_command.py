@@ -77,7 +77,7 @@ Endpoints = Annotated[
     bool, typer.Option("--include-endpoints", help="With random and qmc: begin with the low and the high ends.")
 ]
 Default = Annotated[
-    bool, typer.Option("--include-default", help="Begin with the method's defaults; cobyla always does.")
+    bool, typer.Option("--include-default", help="Begin with the method's defaults; cobyla does, without --start.")
 ]
 WAIT = 60.0  # seconds
 Study = Annotated[str | None, typer.Option("--study", help="Name of the study; default: made from the question.")]

@@ -71,7 +71,7 @@ def merge_models(
             facts = {
                 "run": run.id,
                 "versions": versions(),
-                "working_folder": os.path.relpath(".", out.absolute().parent),
+                "working_folder": os.path.relpath(os.path.realpath("."), os.path.realpath(out.parent)),
             }
             force = force or reuse
             how: dict[str, Any] = {"progress": progress, "device": device, "supplies": supplies}

@@ -5,6 +5,7 @@ A merge goes row by row, so it is well defined where a row means the same token 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -61,24 +62,32 @@ def as_told(model: Checkpoint) -> Vocabulary | None:
         return None
 
 
+def _digest(path: Path) -> bytes:
+    """A fingerprint of a tokenizer's file, but for how it cuts and pads texts, which stands before its tokens."""
+    content = path.read_bytes()
+    return hashlib.sha256(content[max(content.find(b'"added_tokens"'), 0) :]).digest()
+
+
 def other_tokens(models: Mapping[str, Checkpoint]) -> Iterator[str]:
     """Say which models use a row for another token than one before them; those of one tokenizer need no look."""
     files = {
-        who: tuple(path.read_bytes() for path in (model.folder / name for name in LISTS) if path.is_file())
+        who: tuple(_digest(path) for path in (model.folder / name for name in LISTS) if path.is_file())
         for who, model in models.items()
     }
     if len(set(files.values()) - {()}) < 2:
         return
     seen: dict[int, tuple[str, str]] = {}
+    common = min(rows_of(model) for model in models.values())
     for who, model in models.items():
         found = as_told(model) or {}
         odd = [row for row in sorted(found) if row in seen and seen[row][0] != found[row]]
         if odd:
             token, other = seen[odd[0]]
-            more = f" (so are {len(odd) - 1} more rows)" if len(odd) > 1 else ""
+            more = f" ({len(odd) - 1} more such)" if len(odd) > 1 else ""
+            result = "merged of both" if odd[0] < common else "that of one of them"
             yield (
                 f"Row {odd[0]} of the vocabulary is {json.dumps(found[odd[0]])} in {who} and {json.dumps(token)} in "
-                f"{other}{more}: what is merged row by row mixes them."
+                f"{other}{more}: the result's row is {result}."
             )
         seen = {row: (token, who) for row, token in found.items()} | seen
 

@@ -65,7 +65,8 @@ def _use_widest_registers() -> None:
     """Have the compiler use registers of 512 bits where there are any; left alone it prefers those of 256."""
     import numba
 
-    if numba.config.CPU_FEATURES is None and "+avx512f" in (own := numba.core.codegen.get_host_cpu_features()):
+    chosen = numba.config.CPU_FEATURES is not None or numba.config.CPU_NAME is not None
+    if not chosen and "+avx512f" in (own := numba.core.codegen.get_host_cpu_features()):
         numba.config.CPU_FEATURES = f"{own},-prefer-256-bit"
 
 

@@ -40,18 +40,18 @@ def largest(vectors: TaskVectors, ranks: Sequence[Sequence[int]], *, magnitudes:
         return _together(vectors, ranks, form)
     bounds = _bounds(vectors, ranks, form)
 
-    def look(rows: Rows, task: int, rank: int, pair: tuple[float, float]) -> _order.Between:
-        if rank > 1 and isinstance(rows, Stored):
-            return rows.between(task, *pair, magnitudes)
-        row = numbers(rows[task][None])[0]
-        return _order.highest(row, magnitudes) if rank == 1 else _order.between(row, *pair, magnitudes)
+    def look(row: Array, rank: int, low: float, high: float) -> _order.Between:
+        return _order.highest(row, magnitudes) if rank == 1 else _order.between(row, low, high, magnitudes)
 
     def count(rows: Rows) -> list[list[_order.Between]]:
-        tasks = zip(bounds, zip(*ranks, strict=True), strict=True)
-        return [
-            [look(rows, task, rank, pair) for rank, pair in zip(wanted, pairs, strict=True)]
-            for task, (pairs, wanted) in enumerate(tasks)
-        ]
+        found = []
+        for task, (pairs, wanted) in enumerate(zip(bounds, zip(*ranks, strict=True), strict=True)):
+            if isinstance(rows, Stored) and 1 not in wanted:
+                found.append([rows.between(task, *pair, magnitudes) for pair in pairs])
+            else:
+                row = numbers(rows[task][None])[0]
+                found.append([look(row, rank, *pair) for rank, pair in zip(wanted, pairs, strict=True)])
+        return found
 
     counts = vectors.survey_lent(count)
 

@@ -70,11 +70,8 @@ def between(row: Array, low: float, high: float, magnitudes: bool) -> Between:
 
 def between_bits(row: Array, base: Array | None, low: float, high: float, magnitudes: bool) -> Between:
     """Do that for a row, less a base, of which the bits are given."""
-    ends, room = np.array([low, high], np.float32) + np.float32(0), np.empty(len(row), np.int32)
-    first, last = (
-        np.int32(-1) if magnitudes and end < 0 else key for end, key in zip(ends, _folded(ends), strict=True)
-    )
-    inside, *counts = _fused.between(row, base, first, last, magnitudes, room)
+    room = np.empty(len(row), np.int32)
+    inside, *counts = _fused.between(row, base, *_ends(low, high, magnitudes), magnitudes, room)
     return Between(_folded(room[:inside].view(np.float32)).view(np.float32), *counts)
 
 

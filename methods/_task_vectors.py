@@ -22,7 +22,7 @@ Rows: TypeAlias = "Sequence[torch.Tensor] | torch.Tensor"  # one per task
 _CHUNK = 1 << 17  # elements summed at once: a sum is the same whether weights come whole or in blocks
 _RUN = 1 << 10  # elements whose inner products are taken in their own type
 _LONG = 1 << 17  # elements from which on they are
-_SHARES = 16  # of the work, if each is of one thread, that no thread may be left with a large one
+_SHARES = 16  # a weight of less than this part of the whole is the work of one thread
 
 
 class TaskVectors(Mapping[str, "torch.Tensor"]):
@@ -121,12 +121,13 @@ class TaskVectors(Mapping[str, "torch.Tensor"]):
 
         Each is the work of one thread; but that of a large weight is shared among all, block by block.
         """
-        waiting: list[TaskVectors] = []
+        waiting, whole = list[TaskVectors](), self.numel
         for part in self.by_weight(together):
-            if part.numel * _SHARES < self.numel:
+            if part.numel * _SHARES < whole:
                 waiting.append(part)
                 continue
-            yield from itertools.chain(self._finished(work, waiting), work(part))
+            yield from self._finished(work, waiting)
+            yield from work(part)
             waiting = []
         yield from self._finished(work, waiting)
 

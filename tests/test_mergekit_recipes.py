@@ -347,7 +347,7 @@ WRONG = {
         "line 3: the weights 1, -1 add up to zero"
     ),
     "merge_method: ties\nbase_model: b\nparameters: {weight: 0}\nmodels:\n- {model: a}\n- {model: c}\n": (
-        "line 5: all weights are 0, so nothing would be merged."
+        "line 3: all weights are 0, so nothing would be merged."
     ),
     f"merge_method: [ties]\n{MODELS}": "line 1: merge_method is the name of a method, got ['ties'].",
     f"merge_method: linear\n{MODELS}out_dtype: [float16]\n": "line 7: out_dtype must be one of",

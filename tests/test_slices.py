@@ -263,6 +263,22 @@ base_model: models/a
         torch.testing.assert_close(got[key], expected[key], rtol=0, atol=1e-6, msg=f"{key} differs")
 
 
+def test_a_slice_of_the_base_alone_stays_the_bases(cli: Cli, here: Path) -> None:
+    text = """
+merge_method: task_arithmetic
+base_model: models/a
+slices:
+- sources: [{model: models/a, layer_range: [0, 1]}]
+- sources:
+  - {model: models/a, layer_range: [1, 3]}
+  - {model: models/b, layer_range: [1, 3], parameters: {weight: 0.5}}
+"""
+    got, base, one = run(cli, text), weights("a"), weights("b")
+    for name in (name for name in got if ".layers." in name):
+        share = 0.0 if ".layers.0." in name else 0.5
+        torch.testing.assert_close(got[name], base[name] + share * (one[name] - base[name]), atol=1e-6, rtol=1e-6)
+
+
 def test_such_merges_are_made_again_bit_by_bit(cli: Cli, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(cli, FRANKEN, "franken")
     run(cli, SLERPED, "slerped")

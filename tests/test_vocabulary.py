@@ -125,7 +125,7 @@ def test_rows_beyond_the_common_ones_come_from_the_model_that_has_tokens_there_a
     assert (config["vocab_size"], tokens) == (16, {*WORDS, "<im>", "</im>"})
     err = capsys.readouterr().err
     assert "rows 4 to 5 kept from 'chat' and 6 to 15 kept from 'padded'; those of 'code' are not used." in err
-    assert len(code["lm_head.weight"]) == 9 and "mixes them" not in err
+    assert len(code["lm_head.weight"]) == 9 and "of the vocabulary is" not in err
     assert cli("merge", "--again", "out") == 0
 
 
@@ -133,7 +133,7 @@ def test_a_row_that_is_another_token_in_another_model_is_told(cli: Cli, capsys: 
     make("base", 4, WORDS)
     make("chat", 6, WORDS, ["<x>", "<z>"])
     make("code", 6, WORDS, ["<y>", "<x>"])
-    said = "Row 4 of the vocabulary is \"<y>\" in 'code' and \"<x>\" in 'chat' (so are 1 more rows): what is merged"
+    said = "Row 4 of the vocabulary is \"<y>\" in 'code' and \"<x>\" in 'chat' (1 more such): the result's row is"
     assert merged(cli, "chat", "code") == 0
     assert said in capsys.readouterr().err and said in Path("out/README.md").read_text()
     assert cli("merge", "average", "--experts", "chat", "code", "-o", "out", "--force") == 0
