@@ -67,7 +67,8 @@ def test_work_within_work_is_done_by_its_thread_and_has_memory_of_its_own() -> N
 
 
 def test_weights_are_shared_out_whole_but_large_ones_in_blocks() -> None:
-    sizes = {"large": 1000, **{f"w{i}": 10 for i in range(40)}}
+    small = {f"w{i}": 10 for i in range(40)}
+    sizes = {**dict(list(small.items())[:20]), "large": 1000, **small}
     shapes = {f"{name}{block}": (size // 2,) for name, size in sizes.items() for block in "ab"}
     wholes = {f"{name}{block}": (name, size) for name, size in sizes.items() for block in "ab"}
     used: dict[str, set[int]] = {}
