@@ -46,13 +46,8 @@ class Stored(Sequence["torch.Tensor"]):
         """Return the sum over rows of each times its weight."""
         result = torch.empty(self.shape)
         out = flat(result)
-        factors = [np.float32(weight) for weight in weights]
-        if len(self) == 1:
-            _scaled(self.rows[0], self.base, factors[0], out)
-            return result
-        _both_scaled(self.rows[0], self.rows[1], self.base, factors[0], factors[1], out)
-        for row, factor in zip(self.rows[2:], factors[2:], strict=True):
-            _add_scaled(row, self.base, factor, out)
+        for place, (row, weight) in enumerate(zip(self.rows, weights, strict=True)):
+            (_add_scaled if place else _scaled)(row, self.base, np.float32(weight), out)
         return result
 
     def mean(self) -> torch.Tensor:
@@ -102,25 +97,6 @@ def _scaled(row: Array, base: Array | None, weight: np.float32, out: Array) -> N
             if base is not None:
                 x -= np.uint32(np.uint32(below[i]) << shift).view(np.float32)
             to[i] = x * weight
-
-
-@_contracted
-def _both_scaled(a: Array, b: Array, base: Array | None, weight: np.float32, other: np.float32, out: Array) -> None:
-    """Give the sum of two rows, less the base, each times a weight."""
-    shift = np.uint32(32 - 8 * a.itemsize)
-    for start in range(0, out.shape[0], STRETCH):
-        part, more, to = a[start : start + STRETCH], b[start : start + STRETCH], out[start : start + STRETCH]
-        below = part if base is None else base[start : start + STRETCH]
-        for i in range(to.shape[0]):
-            x = np.uint32(np.uint32(part[i]) << shift).view(np.float32)
-            if base is not None:
-                x -= np.uint32(np.uint32(below[i]) << shift).view(np.float32)
-            to[i] = x * weight
-        for i in range(to.shape[0]):  # apart, so that it is the second product that is not rounded
-            x = np.uint32(np.uint32(more[i]) << shift).view(np.float32)
-            if base is not None:
-                x -= np.uint32(np.uint32(below[i]) << shift).view(np.float32)
-            to[i] += x * other
 
 
 @_contracted
