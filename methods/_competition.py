@@ -15,8 +15,9 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from mergectl.methods import _fused, _kernels
-from mergectl.methods._task_vectors import TaskVectors, chunks
+from mergectl.methods import _kernels
+from mergectl.methods._contenders import Field
+from mergectl.methods._task_vectors import Rows, TaskVectors, chunks
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 Inter: TypeAlias = "Callable[[torch.Tensor, torch.Tensor], torch.Tensor]"
@@ -35,12 +36,14 @@ class Rules:
 class Contest:
     """A competition whose figures of the whole model are known.
 
-    Magnitudes are clipped to `clip`; with `edges`, a share is a score's place between them, from 0 to 1."""
+    Magnitudes are clipped to `clip`; with `edges`, a share is a score's place between them, from 0 to 1, and a `field`
+    says whose can be above 0."""
 
     score: Callable[[torch.Tensor], torch.Tensor]
     share: Callable[[torch.Tensor], torch.Tensor]  # of scores, which it may overwrite
     clip: tuple[Sequence[float], Sequence[float]]
     edges: tuple[Sequence[float], Sequence[float]] | None = None
+    field: Field | None = None  # where the score is one that loops can bound
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the values of one weight of all tasks, and their shares."""
@@ -48,13 +51,9 @@ class Contest:
 
     def average(self, x: torch.Tensor, scales: Sequence[float], floor: float) -> torch.Tensor:
         """Return the sum over tasks of scale * share * value, divided by the sum of shares or, if larger, the floor."""
-        if self.edges is None or not _fused.fits(x):
+        if self.field is None or self.edges is None or not self.field.suits(x):
             return average(*self(x), scales, floor)
-        scores, result = self.score(x), torch.empty_like(x[0])
-        bounds = np.array([*self.clip, *self.edges], dtype=np.float32).T.copy()
-        rows = _fused.rows_of(x), _fused.rows_of(scores)
-        _fused.average(*rows, bounds, np.array(scales), floor, result.view(-1).numpy())
-        return result
+        return self.field.average(x, self.edges, scales, floor)
 
 
 def winsor_ranks(share: float, count: int) -> tuple[int, int]:
@@ -115,26 +114,26 @@ def released(inter: Inter, vectors: TaskVectors, rules: Rules) -> Contest:
     """
     n, count = len(vectors.tasks), vectors.numel
     lows, highs, *floors = _magnitudes(vectors, rules)
+    alike = inter in (with_all, with_all_ranked)
+    field = Field(lows, highs, floors[0] if floors else [0.0] * n, inter is with_all_ranked, count) if alike else None
 
     def score(x: torch.Tensor) -> torch.Tensor:
-        if inter in (with_all, with_all_ranked) and _fused.fits(x):
-            return _premasked(_scores(x, lows, highs, inter is with_all_ranked), x, floors)
+        if field is not None and field.suits(x):
+            return field.contenders(x, [-math.inf] * n).scores.view_as(x)
         u = normalised(x.abs(), lows, highs)
         intra = u.square().sub_(1).mul_(n).exp_()  # exp(n u^2) up to a constant: that overflows from 89 tasks on
         return _premasked(inter(x, u * x.sign()).mul_(intra), x, floors)
 
+    def reaching(least: Sequence[float], name: str) -> Rows:
+        x = vectors[name]
+        return score(x) if field is None or not field.suits(x) else field.contenders(x, least).rows()
+
     edges = [[drop_rank(rules.ratio, count)] * n, [1] * n]
-    dropped, largest = vectors.map(lambda name, x: score(x), by_entry=True).kth_largest(edges)
+    scores = vectors.map(lambda name, x: score(x), by_entry=True)
+    dropped, largest = scores.kth_largest(edges, reaching)
+    lasting = (lows, highs), (dropped, largest)
 
-    return Contest(score, lambda found: normalised(found, dropped, largest), (lows, highs), edges=(dropped, largest))
-
-
-def _scores(x: torch.Tensor, lows: Sequence[float], highs: Sequence[float], ranked: bool) -> torch.Tensor:
-    """Return the released code's scores, their exponents made in one pass."""
-    inter, intra = torch.empty_like(x), torch.empty_like(x)
-    rows, pulls, heats = (_fused.rows_of(part) for part in (x, inter, intra))
-    _fused.exponents(rows, np.array(lows, np.float32), np.array(highs, np.float32), ranked, pulls, heats)
-    return inter.tanh_().mul_(intra.exp_())
+    return Contest(score, lambda found: normalised(found, dropped, largest), *lasting, field)
 
 
 def published(vectors: TaskVectors, rules: Rules) -> Contest:

@@ -19,13 +19,19 @@ Array: TypeAlias = "np.ndarray[Any, Any]"
 Loop = TypeVar("Loop", bound=Callable[..., Any])
 
 LEAST = 1 << 18  # elements from which on a loop saves more than the compiler's start costs a whole merge
+WHOLE = 1 << 23  # elements of a model from which on it does for all of its blocks together, however small
 STRETCH = 1024
 _lock = threading.Lock()
 
 
-def fits(x: torch.Tensor) -> bool:
+def worth(count: int, whole: int = 0) -> bool:
+    """Say whether a loop is worth the compiler's start, over so many elements, of so many that it goes through."""
+    return count >= LEAST or whole >= WHOLE
+
+
+def fits(x: torch.Tensor, whole: int = 0) -> bool:
     """Say whether the loops can serve these numbers, and are worth it."""
-    return x.numel() >= LEAST and x.dtype == torch.float32 and x.device.type == "cpu" and x.is_contiguous()
+    return worth(x.numel(), whole) and x.dtype == torch.float32 and x.device.type == "cpu" and x.is_contiguous()
 
 
 def rows_of(x: torch.Tensor) -> Array:
@@ -99,7 +105,7 @@ def balance(rows: Array, floors: Array, weights: Array) -> int:
             for i in range(size):
                 sums[i] += row[i] * weight if abs(row[i]) > floor else np.float32(0)
         for i in range(size):
-            more += np.int32(sums[i] > 0) - np.int32(sums[i] < 0)
+            more = np.int32(more + np.int32(sums[i] > 0) - np.int32(sums[i] < 0))
         found += int(more)
     return found
 
@@ -204,7 +210,12 @@ def between(
     for start in range(0, row.shape[0], STRETCH):
         part = row[start : start + STRETCH]
         below = part if base is None else base[start : start + STRETCH]
-        size, more, highs, lows = part.shape[0], np.int32(0), np.int32(0), np.int32(0)  # short: registers stay full
+        size, more, highs, lows = (
+            part.shape[0],
+            np.int32(0),
+            np.int32(0),
+            np.int32(0),
+        )  # kept short: registers stay full
         for i in range(size):
             x = np.uint32(np.uint32(part[i]) << shift).view(np.float32)
             if base is not None:
@@ -212,9 +223,9 @@ def between(
             bits = np.float32((abs(x) if magnitudes else x) + np.float32(0)).view(np.int32)  # + 0 turns -0 into 0
             key = np.int32(bits ^ np.int32(np.int32(bits >> 31) & np.int32(0x7FFFFFFF)))
             keys[i] = key
-            more += np.int32(key > high)
-            highs += np.int32(key == high)
-            lows += np.int32(key == low)
+            more = np.int32(more + np.int32(key > high))
+            highs = np.int32(highs + np.int32(key == high))
+            lows = np.int32(lows + np.int32(key == low))
         above += int(more)
         at_high += int(highs)
         at_low += int(lows)
@@ -239,62 +250,10 @@ def keep_chosen(row: Array, bits: Array, whole: np.uint16, scale: np.float32, ou
         equal = np.int32(0)
         for i in range(kept.shape[0]):
             kept[i] = part[i] * scale if drawn[i] <= whole else np.float32(0)
-            equal += np.int32(drawn[i] == whole)
+            equal = np.int32(equal + np.int32(drawn[i] == whole))
         if equal > 0:
             for i in range(kept.shape[0]):
                 if drawn[i] == whole:
                     edge[found] = start + i
                     found += 1
     return found
-
-
-@compiled
-def exponents(rows: Array, lows: Array, highs: Array, ranked: bool, inter: Array, intra: Array) -> None:
-    """Give each entry times the sum over rows, and n (u^2 - 1), u the magnitude from 0 at a low to 1 at a high bound.
-
-    With `ranked` the sum is that of signed u.
-    """
-    sums, power = np.empty(STRETCH, np.float64), np.float32(rows.shape[0])
-    for start in range(0, rows.shape[1], STRETCH):
-        size = min(STRETCH, rows.shape[1] - start)
-        sums[:size] = 0
-        for task in range(rows.shape[0]):
-            row, heat = rows[task, start : start + size], intra[task, start : start + size]
-            low, high = lows[task], highs[task]
-            span, top = (high - low, high) if high > low else (np.float32(1), low)  # equal bounds: u = 0
-            for i in range(size):
-                u = (min(max(abs(row[i]), low), top) - low) / span
-                heat[i] = (u * u - np.float32(1)) * power
-                if ranked:
-                    sums[i] += (u if row[i] > 0 else np.float32(0)) - (u if row[i] < 0 else np.float32(0))
-                else:
-                    sums[i] += row[i]
-        for task in range(rows.shape[0]):
-            row, pull = rows[task, start : start + size], inter[task, start : start + size]
-            for i in range(size):
-                pull[i] = row[i] * np.float32(sums[i])
-
-
-@compiled
-def average(rows: Array, scores: Array, bounds: Array, scales: Array, floor: float, out: Array) -> None:
-    """Average entries clipped in magnitude, by scores that count from 0 at a low to 1 at a high bound.
-
-    `bounds` has per task those of magnitudes and those of scores: [task, 4]. The sum of shares is at least the floor.
-    """
-    top, shares = np.empty(STRETCH, np.float64), np.empty(STRETCH, np.float64)
-    for start in range(0, rows.shape[1], STRETCH):
-        size = min(STRETCH, rows.shape[1] - start)
-        top[:size] = 0
-        shares[:size] = 0
-        for task in range(rows.shape[0]):
-            row, score = rows[task, start : start + size], scores[task, start : start + size]
-            low, high, first, last = bounds[task]
-            span, flat, scale = last - first, not last > first, scales[task]
-            for i in range(size):
-                share = np.float32(0) if flat else (min(max(score[i], first), last) - first) / span
-                clipped = min(max(abs(row[i]), low), high)
-                value = (clipped if row[i] > 0 else np.float32(0)) - (clipped if row[i] < 0 else np.float32(0))
-                top[i] += np.float64(value) * share * scale
-                shares[i] += share
-        for i in range(size):
-            out[start + i] = top[i] / max(shares[i], floor)

@@ -33,15 +33,26 @@ _CHUNK = 1 << 17  # elements counted at once
 _PARTS = 8  # of the weights, whose bit patterns are counted by different threads
 
 
-def largest(vectors: TaskVectors, ranks: Sequence[Sequence[int]], *, magnitudes: bool) -> list[list[float]]:
-    """Return for each list of ranks (one per task) each task's k-th largest entry, or magnitude, over all weights."""
+def largest(
+    vectors: TaskVectors,
+    ranks: Sequence[Sequence[int]],
+    *,
+    magnitudes: bool,
+    reaching: Callable[[Sequence[float], str], Rows] | None = None,
+) -> list[list[float]]:
+    """Return for each list of ranks (one per task) each task's k-th largest entry, or magnitude, over all weights.
+
+    `reaching(least, name)` gives a weight's rows without what is smaller than their task's least.
+    """
     form = np.abs if magnitudes else np.positive
     if vectors.numel <= _TOGETHER:
         return _together(vectors, ranks, form)
     bounds = _bounds(vectors, ranks, form)
 
     def look(row: Array, rank: int, low: float, high: float) -> _order.Between:
-        return _order.highest(row, magnitudes) if rank == 1 else _order.between(row, low, high, magnitudes)
+        return (
+            _order.highest(row, magnitudes) if rank == 1 else _order.between(row, low, high, magnitudes, vectors.numel)
+        )
 
     def count(rows: Rows) -> list[list[_order.Between]]:
         found = []
@@ -53,7 +64,11 @@ def largest(vectors: TaskVectors, ranks: Sequence[Sequence[int]], *, magnitudes:
                 found.append([look(row, rank, *pair) for rank, pair in zip(wanted, pairs, strict=True)])
         return found
 
-    counts = vectors.survey_lent(count)
+    looked_at = vectors
+    if reaching is not None:
+        least = [min(low for low, _ in pairs) for pairs in bounds]
+        looked_at = vectors.reading(vectors.__getitem__, lend=functools.partial(reaching, least))
+    counts = looked_at.survey_lent(count)
 
     def kth(place: int, task: int) -> float:
         parts = [unit[task][place] for unit in counts]

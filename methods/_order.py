@@ -56,12 +56,12 @@ def bounds(sample: Array, rank: int, count: int) -> tuple[float, float]:
     )
 
 
-def between(row: Array, low: float, high: float, magnitudes: bool) -> Between:
+def between(row: Array, low: float, high: float, magnitudes: bool, whole: int = 0) -> Between:
     """Count and collect, of entries or of magnitudes; those at a bound are not collected: there may be very many zeros.
 
-    The bounds are float32 numbers.
+    The bounds are float32 numbers; the row is one of so many elements as a `whole`.
     """
-    if len(row) >= _fused.LEAST:
+    if _fused.worth(len(row), whole):
         return between_bits(row.view(np.uint32), None, low, high, magnitudes)
     formed = np.abs(row) if magnitudes else row
     counts = [int(np.count_nonzero(part)) for part in (formed > high, formed == high, formed == low)]

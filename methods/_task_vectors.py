@@ -5,6 +5,7 @@ A name stands for a weight, or for a block of one where the method said that blo
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -78,7 +79,7 @@ class TaskVectors(Mapping[str, "torch.Tensor"]):
         """Say whether there is such a weight, without reading it."""
         return name in self.shapes
 
-    @property
+    @functools.cached_property
     def numel(self) -> int:
         """The number of elements of one task, over all weights."""
         return sum(math.prod(shape) for shape in self.shapes.values())
@@ -253,12 +254,15 @@ class TaskVectors(Mapping[str, "torch.Tensor"]):
         """Do what `kth_largest` does, for magnitudes."""
         return _kth.largest(self, ranks, magnitudes=True)
 
-    def kth_largest(self, ranks: Sequence[Sequence[int]]) -> list[list[float]]:
+    def kth_largest(
+        self, ranks: Sequence[Sequence[int]], reaching: Callable[[Sequence[float], str], Rows] | None = None
+    ) -> list[list[float]]:
         """Return for each list of ranks (one per task) each task's k-th largest entry over all weights, exactly.
 
-        The first is k = 1; k = 0 gives infinity, and k beyond the last entry minus infinity.
+        The first is k = 1; k = 0 gives infinity, and k beyond the last entry minus infinity. `reaching(least, name)`
+        may be quicker than reading a weight: it gives its rows without what is smaller than their task's least.
         """
-        return _kth.largest(self, ranks, magnitudes=False)
+        return _kth.largest(self, ranks, magnitudes=False, reaching=reaching)
 
     def energy_magnitude(self, shares: Sequence[float]) -> list[float]:
         """Return each task's largest magnitude down to which its elements hold a share of its squared norm."""

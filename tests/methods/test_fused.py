@@ -12,7 +12,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mergectl.methods import _competition, _elections, _fused, _kernels, _more_kernels, _order, emr
+from mergectl.methods import _competition, _contenders, _elections, _fused, _kernels, _more_kernels, _order, emr
 from mergectl.methods._task_vectors import TaskVectors
 
 # Longer than a stretch; few values, so that there are draws and zeros, or any.
@@ -158,8 +158,10 @@ def test_loops_are_kept_in_memory_only_where_no_folder_may_be_written(monkeypatc
 def test_what_cancels_leaves_the_same_rest() -> None:
     values = torch.linspace(0.1, 3.0, 64).repeat(3, 1) * torch.tensor([[1.0], [1.0], [-2.0]])
     found, scales = torch.empty(64), np.array([0.3, 0.6, 0.45])
-    bounds = np.tile(np.array([0.0, 9.0, 0.0, 1.0], np.float32), (3, 1))  # nothing is clipped, a score is its share
-    _fused.average(values.numpy(), torch.ones_like(values).numpy(), bounds, scales, 1e-12, found.numpy())
+    bounds = np.tile(np.array([[0.0], [9.0], [0.0], [1.0]], np.float32), 3)  # nothing is clipped, a score is its share
+    places, counts = np.tile(np.arange(64, dtype=np.int32), (3, 1)), np.full(3, 64)
+    given_scores = torch.ones_like(values).numpy(), places, counts
+    _contenders._average(values.numpy(), *given_scores, bounds, scales, 1e-12, found.numpy())
     assert torch.equal(found, _competition.average(values, torch.ones_like(values), scales.tolist(), 1e-12))
     assert bool((found != 0).any())
 
