@@ -18,10 +18,6 @@ from mergectl.methods._fused import STRETCH, compiled
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
-# exp(h) is at most 2**i * (1 + f), with i and f the whole and the broken part of h / ln 2: the float with bits of i
-# and f side by side. Above -80 that is no subnormal number; the slack is far more than what rounding takes away.
-_BITS, _ONE, _DEEPEST, _SLACK = np.float32(2**23), np.float32(127), np.float32(-80), np.float32(1.0001)
-_LOG2E = np.float32(1.44269504)
 TINY = 1e-30  # rounding of what is not far above the least float is no small part of it: no bound is trusted there
 
 
@@ -86,6 +82,10 @@ def _contenders(
     `figures` has each task's low and high bound, floor and least score: [4, task].
     """
     lows, highs, floors, least = figures
+    # exp(h) is at most 2**i * (1 + f), i and f the whole and the broken part of h / ln 2: the float that has the bits
+    # of i and f side by side. Above -80 that is no subnormal number; the slack is far more than rounding takes away.
+    one, bits, bias, log2e = np.float32(1), np.float32(2**23), np.float32(127), np.float32(1.44269504)
+    deepest, slack = np.float32(-80), np.float32(1.0001)
     sums, rounded, power = np.empty(STRETCH, np.float64), np.empty(STRETCH, np.float32), np.float32(rows.shape[0])
     heat, pull, bound = np.empty((rows.shape[0], STRETCH), np.float32), np.empty_like(rounded), np.empty_like(rounded)
     reaches, chosen = np.empty(STRETCH, np.uint8), np.empty(STRETCH, np.int32)
@@ -110,9 +110,9 @@ def _contenders(
             row, own, floor, needed = rows[task, start : start + size], heat[task], floors[task], least[task]
             for i in range(size):
                 pull[i] = row[i] * rounded[i] if abs(row[i]) >= floor else np.float32(0)
-                most = pull[i] if pull[i] < np.float32(1) else np.float32(1)
-                deep = own[i] if own[i] > _DEEPEST else _DEEPEST
-                bound[i] = most * np.int32((deep * _LOG2E + _ONE) * _BITS).view(np.float32) * _SLACK
+                most = pull[i] if pull[i] < one else one
+                deep = own[i] if own[i] > deepest else deepest
+                bound[i] = most * np.int32((deep * log2e + bias) * bits).view(np.float32) * slack
             for i in range(size):
                 reaches[i] = not bound[i] < needed
             found, first = 0, counts[task]

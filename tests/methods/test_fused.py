@@ -12,7 +12,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mergectl.methods import _competition, _contenders, _elections, _fused, _kernels, _more_kernels, _order, emr
+from mergectl.methods import _competition, _contenders, _elections, _fused, _kernels, _kth, _more_kernels, _order, emr
 from mergectl.methods._task_vectors import TaskVectors
 
 # Longer than a stretch; few values, so that there are draws and zeros, or any.
@@ -122,16 +122,37 @@ def test_unified_vector_and_masks_are_the_same_and_sums_as_good(x: np.ndarray) -
     st.sampled_from([0.0, 0.01, 0.25]),
     st.sampled_from([0.1, 0.5, 1.0]),
     st.sampled_from([0.0, 0.3]),
+    st.booleans(),
 )
 def test_competition_ends_alike(
-    x: np.ndarray, inter: _competition.Inter, winsor: float, ratio: float, premask: float
+    x: np.ndarray, inter: _competition.Inter, winsor: float, ratio: float, premask: float, sampled: bool
 ) -> None:
     rows = torch.from_numpy(x)
     tasks = [str(number) for number in range(len(x))]
     vectors = TaskVectors(tasks, {"w": x.shape[1:]}, {"w": rows}.__getitem__)
     rules = _competition.Rules(winsor, ratio, premask)
     scales = [1.2 - 0.3 * number for number in range(len(x))]
-    assert_same(lambda: (_competition.released(inter, vectors, rules).average(rows, scales, 1e-12),))
+    with pytest.MonkeyPatch.context() as patch:
+        if sampled:
+            patch.setattr(_kth, "_TOGETHER", 0)
+        assert_same(lambda: (_competition.released(inter, vectors, rules).average(rows, scales, 1e-12),))
+
+
+@pytest.mark.parametrize("tasks", [1, 3, 100])
+@pytest.mark.parametrize("size", [1e-18, 1e-3, 1.0, 30.0])
+def test_contenders_are_few_and_none_is_missed(tasks: int, size: float) -> None:
+    x = size * torch.randn(tasks, 5000, generator=torch.Generator().manual_seed(tasks))
+    lows, highs = x.abs().quantile(torch.tensor([0.01, 0.99]), 1).tolist()
+    for floors in ([0.0] * tasks, x.abs().median(1).values.tolist()):
+        for ranked in (False, True):
+            field = _contenders.Field(lows, highs, floors, ranked, x.numel())
+            scores = field.contenders(x, [-math.inf] * tasks).scores
+            least = scores.quantile(0.9, 1)
+            found = field.contenders(x, least.tolist())
+            for row, bound, some, places in zip(scores, least, found.rows(), found.places, strict=True):
+                assert torch.equal(row[places[: len(some)]], some)
+                assert set((row >= bound).nonzero().flatten().tolist()) <= set(places[: len(some)].tolist())
+                assert bound <= _contenders.TINY or 500 <= len(some) < 750
 
 
 def test_what_the_loops_cannot_serve_is_left_to_tensor_operations() -> None:

@@ -199,3 +199,30 @@ def test_a_deferred_torch_becomes_the_real_one_when_used(folder: Path) -> None:
         "print(list(late.merge({'w': torch.ones(2, 2)}))[0][1].tolist())\n"
     )
     assert out.strip() == "[1.0, 1.0]"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["average", "task_arithmetic", "ties", "emr", "pcb"])
+def test_loops_are_compiled_in_a_process_that_loaded_the_method_before_anything_else(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "nothing-yet"))
+    out = run(
+        "import sys\n"
+        "from mergectl import plugins\n"
+        f"plugins.load('methods', '{method}')\n"
+        "assert not {'torch', 'numpy'} & set(sys.modules)\n"
+        "import torch\n"
+        "from mergectl import merge_weights\n"
+        "from mergectl.methods import _fused\n"
+        "drawn = torch.Generator().manual_seed(0)\n"
+        "models = [{'w': torch.randn(600, 500, generator=drawn)} for _ in range(3)]\n"
+        "experts = dict(zip('ab', models[1:]))\n"
+        f"base = None if '{method}' == 'average' else models[0]\n"
+        f"compiled = merge_weights('{method}', base, experts)['w']\n"
+        "assert 'numba' in sys.modules\n"
+        "_fused.LEAST = 1 << 62\n"
+        f"plain = merge_weights('{method}', base, experts)['w']\n"
+        "print(torch.allclose(compiled, plain, rtol=1e-6, atol=1e-6))\n"
+    )
+    assert out.strip() == "True"
