@@ -148,7 +148,7 @@ def test_contenders_are_few_and_none_is_missed(tasks: int, size: float) -> None:
             field = _contenders.Field(lows, highs, floors, ranked, x.numel())
             scores = field.contenders(x, [-math.inf] * tasks).scores
             least = scores.quantile(0.9, 1)
-            if size == 1.0 and tasks < 100:  # nothing underflows
+            if size == 1.0 and tasks < 100 and not ranked:  # nothing underflows
                 assert torch.equal(scores != 0, x.abs() >= torch.tensor(floors)[:, None])
             found = field.contenders(x, least.tolist())
             for row, bound, some, places in zip(scores, least, found.rows(), found.places, strict=True):
