@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -62,6 +63,7 @@ class Inputs:
         self.floating = [name for name in self.first if is_floating(self.first, name)]
         self.carried = [name for name in self.first if not is_floating(self.first, name)]
         self.shapes = {name: shape_of(self.first, name) for name in self.floating}
+        self._count = sum(math.prod(shape) for shape in self.shapes.values())  # numbers of a model
         self.blocks: dict[str, Block] = {}
         self.unchanged = set(self.tasks)
         self.room: Room = _fresh  # where what is read is put
@@ -137,7 +139,7 @@ class Inputs:
         bits, stored = self._read(tuple(self.experts.values()), name)
         rows: Sequence[torch.Tensor] = stored
         if bits is not None:
-            rows = _stored.Stored(bits, self.shapes[name])
+            rows = _stored.Stored(bits, self.shapes[name], looped=self._many)
         elif not all(row.dtype == torch.float32 for row in stored):
             rows = list(self._stacked(name, stored))
         if name not in self._unchecked:
@@ -156,7 +158,9 @@ class Inputs:
 
     def deltas(self, name: str) -> torch.Tensor:
         """Read one weight of all task vectors in float32: [task, *shape]."""
-        result = self._deltas(name, *self._read(self._all(), name))
+        from mergectl.methods import _fused
+
+        result = self._deltas(name, *self._read(self._all(), name, looped=_fused.started()))
         self._check(name, result, result)
         return result
 
@@ -167,26 +171,35 @@ class Inputs:
         bits, stored = self._read(self._all(), name)
         result: Sequence[torch.Tensor] | torch.Tensor
         if bits is not None:
-            result = _stored.Stored(bits[1:], self.shapes[name], bits[0])
+            result = _stored.Stored(bits[1:], self.shapes[name], bits[0], looped=self._many)
         else:
             result = self._deltas(name, None, stored)
         self._note_changed(result)
         self._unchecked.add(name)
         return result
 
+    @functools.cached_property
+    def _many(self) -> bool:
+        """Whether the models hold so many numbers that loops are worth the compiler's start for sums alone."""
+        from mergectl.methods import _stored
+
+        return self._count * len(self._models()) >= _stored.MANY
+
     def _all(self) -> tuple[Weights, ...]:
         """The base and all experts."""
         assert self.base is not None
         return (self.base, *self.experts.values())
 
-    def _read(self, models: Sequence[Weights], name: str) -> tuple[list[Array] | None, list[torch.Tensor]]:
+    def _read(
+        self, models: Sequence[Weights], name: str, *, looped: bool = True
+    ) -> tuple[list[Array] | None, list[torch.Tensor]]:
         """Read a weight of some models: its bits, where loops may go through them, or else as it is stored."""
         from mergectl.methods import _stored
 
-        if (bits := self._bits(models, name)) is not None:
+        if looped and (bits := self._bits(models, name)) is not None:
             return bits, []
         stored = [self._get(model, name) for model in models]
-        return _stored.bits(stored), stored
+        return _stored.bits(stored) if looped else None, stored
 
     def _bits(self, models: Sequence[Weights], name: str) -> list[Array] | None:
         """Look for the bits of a weight in the models' files."""
@@ -235,12 +248,12 @@ class Inputs:
         """Return the base's weight plus a merged task vector; if `lent`, in memory that will serve again."""
         import torch
 
-        from mergectl.methods import _stored
+        from mergectl.methods import _fused, _stored
 
         assert self.base is not None
         if not lent or merged.dtype != torch.float32:
             return self.base_weight(name) + merged
-        bits = self._bits([self.base], name) if merged.is_contiguous() else None
+        bits = self._bits([self.base], name) if merged.is_contiguous() and _fused.started() else None
         if bits is None and (base := self.base_weight(name)).dtype != merged.dtype:
             return base + merged
         result = self.room("merged", self.shapes[name], merged.dtype, self.device)

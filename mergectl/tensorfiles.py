@@ -129,10 +129,10 @@ def _cast(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, bool]:
     """Return numbers in a type, in one piece in main memory, and whether all of them are finite there."""
     import torch
 
-    from mergectl.methods import _stored
+    from mergectl.methods import _fused, _stored
 
     plain = x.is_cpu and x.is_contiguous() and not x.requires_grad
-    if plain and x.dtype == torch.float32 and dtype == torch.bfloat16 and _stored.is_long(x):
+    if plain and x.dtype == torch.float32 and dtype == torch.bfloat16 and _fused.started() and _stored.is_long(x):
         return _stored.rounded(x)
     if x.dtype != dtype or not plain:
         x = x.detach().to("cpu", dtype).contiguous()

@@ -66,6 +66,11 @@ def compiled(loop: Loop, fastmath: Collection[str] = ()) -> Loop:
     return cast("Loop", run)
 
 
+def started() -> bool:
+    """Say whether the compiler has been started, so that a further loop costs little more than its run."""
+    return _use_widest_registers.cache_info().currsize > 0
+
+
 @functools.cache
 def _use_widest_registers() -> None:
     """Have the compiler use registers of 512 bits where there are any; left alone it prefers those of 256."""

@@ -18,13 +18,17 @@ from mergectl.methods import _fused, _order
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
+MANY = 1 << 30  # numbers in all models from which on sums without copies save more than the compiler's start costs
+
 
 class Stored(Sequence["torch.Tensor"]):
     """Rows as they are stored, less a base if there is one; reading one gives it in float32."""
 
-    def __init__(self, rows: Sequence[Array], shape: Sequence[int], base: Array | None = None) -> None:
-        """Take the bits of flat rows and of a base, and the shape that they stand for."""
-        self.rows, self.shape, self.base = list(rows), tuple(shape), base
+    def __init__(
+        self, rows: Sequence[Array], shape: Sequence[int], base: Array | None = None, *, looped: bool = True
+    ) -> None:
+        """Take the bits of flat rows and of a base, the shape that they stand for, and whether loops add them up."""
+        self.rows, self.shape, self.base, self.looped = list(rows), tuple(shape), base, looped
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -37,14 +41,29 @@ class Stored(Sequence["torch.Tensor"]):
     def __getitem__(self, place: int | slice) -> torch.Tensor | Stored:
         """Return a row in float32, or some of the rows."""
         if isinstance(place, slice):
-            return Stored(self.rows[place], self.shape, self.base)
+            return Stored(self.rows[place], self.shape, self.base, looped=self.looped)
         result = torch.empty(self.shape)
+        if not self.looped:
+            return self._row(place, result)
         _scaled(self.rows[place], self.base, np.float32(1), flat(result))
         return result
+
+    def _row(self, place: int, room: torch.Tensor) -> torch.Tensor:
+        """Return a row as tensor operations make it, in the room if it needs any."""
+        row = _numbers(self.rows[place]).view(self.shape)
+        if self.base is not None:
+            return torch.sub(row.float(), _numbers(self.base).view(self.shape), out=room)
+        return row if row.dtype == room.dtype else room.copy_(row)
 
     def weighted_total(self, weights: Sequence[float]) -> torch.Tensor:
         """Return the sum over rows of each times its weight."""
         result = torch.empty(self.shape)
+        if not self.looped:
+            torch.mul(self._row(0, result), weights[0], out=result)
+            room = torch.empty(self.shape)
+            for place, weight in enumerate(weights[1:], 1):
+                result.add_(self._row(place, room), alpha=weight)
+            return result
         out = flat(result)
         for place, (row, weight) in enumerate(zip(self.rows, weights, strict=True)):
             (_add_scaled if place else _scaled)(row, self.base, np.float32(weight), out)
@@ -55,8 +74,11 @@ class Stored(Sequence["torch.Tensor"]):
         if len(self) == 1:
             return self[0]
         result = self[:2].weighted_total([1.0, 1.0]).mul_(0.5)
-        for number, row in enumerate(self.rows[2:], 3):
-            _go_towards(row, self.base, np.float32(1 / number), flat(result))
+        for place in range(2, len(self)):
+            if self.looped:
+                _go_towards(self.rows[place], self.base, np.float32(1 / (place + 1)), flat(result))
+            else:
+                result.lerp_(self[place], 1 / (place + 1))
         return result
 
     def inner(self) -> list[list[float]]:
@@ -206,6 +228,12 @@ def alike(rows: Iterable[Array | None]) -> list[Array] | None:
             return None
         found.append(row)
     return found
+
+
+def _numbers(bits: Array) -> torch.Tensor:
+    """Return the numbers that bits stand for, in the same memory."""
+    dtype = {2: torch.bfloat16, 4: torch.float32}[bits.itemsize]
+    return torch.from_numpy(bits.view(f"<i{bits.itemsize}")).view(dtype)
 
 
 def is_long(x: torch.Tensor) -> bool:

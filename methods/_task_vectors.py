@@ -234,7 +234,7 @@ class TaskVectors(Mapping[str, "torch.Tensor"]):
     def _products(self, name: str) -> list[list[float]]:
         """Return the inner products within a weight."""
         lent = self._lend(name)
-        found = lent.inner() if isinstance(lent, Stored) else _inner(lent)
+        found = lent.inner() if isinstance(lent, Stored) and lent.looped else _inner(lent)
         if not np.isfinite(found).all():
             self._read(name)  # says which model holds what is not finite
             found = _inner([row.double() for row in lent])

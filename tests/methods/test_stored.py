@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
@@ -28,6 +30,7 @@ DTYPES = st.sampled_from([torch.bfloat16, torch.float32])
 @pytest.fixture(autouse=True)
 def loops_serve_all_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_fused, "LEAST", 1)
+    monkeypatch.setattr(_stored, "MANY", 1)
 
 
 def rows_of(seed: int, count: int, size: int, dtype: torch.dtype = torch.bfloat16) -> list[torch.Tensor]:
@@ -36,26 +39,31 @@ def rows_of(seed: int, count: int, size: int, dtype: torch.dtype = torch.bfloat1
     return list((torch.randn(count, size, generator=chance) * magnitudes).to(dtype))
 
 
-def stored(rows: list[torch.Tensor], base: torch.Tensor | None = None) -> tuple[_stored.Stored, torch.Tensor]:
+def stored(
+    rows: list[torch.Tensor], base: torch.Tensor | None = None, *, looped: bool = True
+) -> tuple[_stored.Stored, torch.Tensor]:
     """Rows as they are stored, and their copies in float32."""
     bits = _stored.bits([*rows, *([] if base is None else [base])])
     assert bits is not None
-    lent = _stored.Stored(bits[: len(rows)], rows[0].shape, None if base is None else bits[-1])
+    below = None if base is None else bits[-1]
+    lent = _stored.Stored(bits[: len(rows)], rows[0].shape, below, looped=looped)
     return lent, torch.stack([row.float() - (0 if base is None else base.float()) for row in rows])
 
 
 @settings(deadline=None, max_examples=30)
-@given(SEEDS, st.integers(1, 5), SIZES, st.booleans(), DTYPES)
+@given(SEEDS, st.integers(1, 5), SIZES, st.booleans(), DTYPES, st.booleans())
 def test_sums_and_means_are_those_of_copies_bit_for_bit(
-    seed: int, count: int, size: int, on_base: bool, dtype: torch.dtype
+    seed: int, count: int, size: int, on_base: bool, dtype: torch.dtype, looped: bool
 ) -> None:
     *rows, base = rows_of(seed, count + 1, size, dtype)
-    lent, copies = stored(rows, base if on_base else None)
+    lent, copies = stored(rows, base if on_base else None, looped=looped)
+    before = [row.clone() for row in rows]
     weights = [0.4, -1.5, 1 / 3, 2.0, 0.0][:count]
     assert len(lent) == count and all(torch.equal(lent[i], copies[i]) for i in range(count))
     assert torch.equal(_kernels.weighted_total(lent, weights), _kernels.weighted_total(copies, weights))
     assert torch.equal(_kernels.mean(lent), _kernels.mean(copies))
     assert torch.equal(_kernels.mean(lent[:1]), copies[0])
+    assert all(torch.equal(row, kept) for row, kept in zip(rows, before, strict=True))
     exact = copies.double() @ copies.double().T
     size_of = torch.outer(copies.double().norm(dim=1), copies.double().norm(dim=1))
     assert ((torch.tensor(lent.inner(), dtype=torch.float64) - exact).abs() <= 1e-6 * size_of).all()
@@ -122,8 +130,27 @@ def test_a_merge_is_the_same_with_and_without_the_loops(method: str, monkeypatch
         return merge_weights(method, {"w": base.view(50, 100)}, experts)["w"]
 
     looped = merged()
+    monkeypatch.setattr(_stored, "MANY", 1 << 40)
+    by_tensors = merged()
     monkeypatch.setattr(_fused, "LEAST", 1 << 40)
-    torch.testing.assert_close(looped, merged(), rtol=1e-6, atol=1e-6)  # angles differ by the order of sums
+    for other in (by_tensors, merged()):
+        torch.testing.assert_close(looped, other, rtol=1e-6, atol=1e-6)  # angles differ by the order of sums
+
+
+def test_the_compiler_is_not_started_for_sums_of_few_numbers() -> None:
+    code = (
+        "import sys, torch\n"
+        "from mergectl import merge_weights\n"
+        "models = [{'w': torch.full((600, 600), float(i), dtype=torch.bfloat16)} for i in range(3)]\n"
+        "experts = dict(zip('ab', models[1:]))\n"
+        "for method, base in (('average', None), ('slerp', None), ('task_arithmetic', models[0])):\n"
+        "    merge_weights(method, base, experts)\n"
+        "assert 'numba' not in sys.modules\n"
+        "merge_weights('ties', models[0], experts)\n"
+        "assert 'numba' in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
