@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergectl.methods import _kernels as kernels
-from mergectl.methods import _order
+from mergectl.methods import _more_kernels, _order
 from mergectl.methods._task_vectors import TaskVectors
 
 numbers = st.floats(-1e3, 1e3, width=32)
@@ -216,3 +216,10 @@ def test_a_chance_finer_than_sixteen_bits_is_kept(chance: float) -> None:
     count = 1 << 22
     taken = int(kernels.chosen(torch.Generator().manual_seed(7), chance, (count,)).sum(dtype=torch.float64))
     assert abs(taken - chance * count) <= 5 * math.sqrt(count * chance * (1 - chance))
+
+
+@given(small | stacks, st.sampled_from([torch.float32, torch.float64]))
+def test_places_among_magnitudes_are_those_of_a_stable_sort(x: torch.Tensor, dtype: torch.dtype) -> None:
+    for rows in (x.to(dtype), x.to(dtype).T, x[0].to(dtype), (-0.0 * x).to(dtype)):
+        order = np.argsort(np.abs(rows.numpy()), axis=-1, kind="stable")
+        assert _more_kernels.ranks(rows).tolist() == np.argsort(order, axis=-1, kind="stable").tolist()
