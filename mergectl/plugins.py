@@ -186,6 +186,7 @@ class _Deferred(ModuleType):
             del sys.modules[self.__name__]
         real = importlib.import_module(self.__name__)
         self.__dict__.update(real.__dict__)  # from now on as fast as the real one
+        self.__dict__["__getattr__"] = functools.partial(getattr, real)  # knows what it gets later
         object.__setattr__(self, "__class__", ModuleType)  # and as plain: a compiler looks at what kind of thing it is
         return getattr(real, name)
 

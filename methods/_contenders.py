@@ -1,6 +1,7 @@
 """Loops of PCB-Merging over very many numbers: the scores that can matter, and the average of their entries.
 
-Most entries have too low a score to be kept, and a bound on a score is far cheaper than the score.
+Most entries have too low a score to be kept, and a bound on a score is far cheaper than the score. Scores and averages
+are those of the tensor operations in `_competition`: the same float32 numbers.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Field:
 
     def suits(self, x: torch.Tensor) -> bool:
         """Say whether the loops can serve a weight, and are worth it."""
-        return _fused.fits(x, self.count)
+        return _fused.fits(x, self.count) and x[0].numel() < 1 << 31  # places have 32 bits
 
     def contenders(self, x: torch.Tensor, least: Sequence[float]) -> Contenders:
         """Return the scores of the released code that may reach each task's least one; others do not."""

@@ -1,7 +1,7 @@
 """Loops over very many numbers, compiled when they are first used: one pass where tensor operations take ten.
 
-Each gives what tensor operations in `_kernels`, `_competition` and `emr` give, which serve small weights and other
-devices: the same float32 numbers. Rows are [task, elements] of float32 in main memory. A loop goes through stretches
+Each gives what tensor operations beside its callers give, which serve small weights and other devices: the same
+float32 numbers. Rows are [task, elements] of float32 in main memory. A loop goes through stretches
 that stay in the processor's nearest cache, task by task, so that the compiler can use the widest registers.
 """
 
@@ -215,12 +215,8 @@ def between(
     for start in range(0, row.shape[0], STRETCH):
         part = row[start : start + STRETCH]
         below = part if base is None else base[start : start + STRETCH]
-        size, more, highs, lows = (
-            part.shape[0],
-            np.int32(0),
-            np.int32(0),
-            np.int32(0),
-        )  # kept short: registers stay full
+        size = part.shape[0]
+        more, highs, lows = np.int32(0), np.int32(0), np.int32(0)  # kept short, so that registers stay full
         for i in range(size):
             x = np.uint32(np.uint32(part[i]) << shift).view(np.float32)
             if base is not None:

@@ -1,7 +1,8 @@
 """Rows of bfloat16 or float32 numbers where they lie: added up, subtracted, or counted, without a copy of each.
 
 A row is given by its bits: those of a bfloat16 are the upper half of a float32's. What comes out is that of the tensor
-operations on float32 copies, bit for bit; but for inner products, whose runs are added up in another order.
+operations on float32 copies, bit for bit; but for inner products, whose runs are added up in another order. Sums of few
+numbers are left to tensor operations, which are slower but need no compiler.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ MANY = 1 << 30  # numbers in all models from which on sums without copies save m
 
 
 class Stored(Sequence["torch.Tensor"]):
-    """Rows as they are stored, less a base if there is one; reading one gives it in float32."""
+    """Rows as they are stored, less a base if there is one; reading one gives it in float32.
+
+    A row that is read may be the model's own memory: it is not to be changed. A sum or mean never is.
+    """
 
     def __init__(
         self, rows: Sequence[Array], shape: Sequence[int], base: Array | None = None, *, looped: bool = True
@@ -42,25 +46,23 @@ class Stored(Sequence["torch.Tensor"]):
         """Return a row in float32, or some of the rows."""
         if isinstance(place, slice):
             return Stored(self.rows[place], self.shape, self.base, looped=self.looped)
-        result = torch.empty(self.shape)
         if not self.looped:
-            return self._row(place, result)
+            return self._row(place)
+        result = torch.empty(self.shape)
         _scaled(self.rows[place], self.base, np.float32(1), flat(result))
         return result
 
-    def _row(self, place: int, room: torch.Tensor) -> torch.Tensor:
-        """Return a row as tensor operations make it, in the room if it needs any."""
-        row = _numbers(self.rows[place]).view(self.shape)
-        if self.base is not None:
-            return torch.sub(row.float(), _numbers(self.base).view(self.shape), out=room)
-        return row if row.dtype == room.dtype else room.copy_(row)
+    def _row(self, place: int, room: torch.Tensor | None = None) -> torch.Tensor:
+        """Return a row as tensor operations make it; with a base it is put into the room, if there is one."""
+        row = _numbers(self.rows[place]).view(self.shape).float()
+        return row if self.base is None else torch.sub(row, _numbers(self.base).view(self.shape), out=room)
 
     def weighted_total(self, weights: Sequence[float]) -> torch.Tensor:
         """Return the sum over rows of each times its weight."""
         result = torch.empty(self.shape)
         if not self.looped:
             torch.mul(self._row(0, result), weights[0], out=result)
-            room = torch.empty(self.shape)
+            room = None if self.base is None else torch.empty(self.shape)
             for place, weight in enumerate(weights[1:], 1):
                 result.add_(self._row(place, room), alpha=weight)
             return result
@@ -72,7 +74,7 @@ class Stored(Sequence["torch.Tensor"]):
     def mean(self) -> torch.Tensor:
         """Return the mean over rows: that of two is rounded once, from each further row a share is taken."""
         if len(self) == 1:
-            return self[0]
+            return self.weighted_total([1.0])
         result = self[:2].weighted_total([1.0, 1.0]).mul_(0.5)
         for place in range(2, len(self)):
             if self.looped:
@@ -238,7 +240,7 @@ def _numbers(bits: Array) -> torch.Tensor:
 
 def is_long(x: torch.Tensor) -> bool:
     """Say whether the loops are worth the compiler's start."""
-    return x.numel() >= _fused.LEAST
+    return _fused.worth(x.numel())
 
 
 def flat(x: torch.Tensor) -> Array:

@@ -138,6 +138,36 @@ def test_competition_ends_alike(
         assert_same(lambda: (_competition.released(inter, vectors, rules).average(rows, scales, 1e-12),))
 
 
+@pytest.mark.parametrize("inter", [_competition.with_all, _competition.with_all_ranked])
+def test_who_is_left_out_of_a_competition_changes_no_threshold(
+    inter: _competition.Inter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = 1e-3 * torch.randn(3, 4, 1 << 15, generator=torch.Generator().manual_seed(4))
+    vectors = TaskVectors("abc", {str(i): x.shape[2:] for i in range(4)}, lambda name: x[:, int(name)].contiguous())
+    asked = list[float]()
+    contenders = _contenders.Field.contenders
+
+    def watched(field: _contenders.Field, x: torch.Tensor, least: list[float]) -> _contenders.Contenders:
+        asked.extend(least)
+        return contenders(field, x, least)
+
+    monkeypatch.setattr(_contenders.Field, "contenders", watched)
+    monkeypatch.setattr(_kth, "_TOGETHER", 0)
+    plain, fused = both(lambda: _competition.released(inter, vectors, _competition.Rules(0.01, 0.1, 0.0)).edges)
+    assert plain == fused
+    assert max(asked) > _contenders.TINY
+    every = scores_of(vectors, inter).sort(descending=True).values
+    assert plain == tuple(every[:, rank - 1].tolist() for rank in (_competition.drop_rank(0.1, every.shape[1]), 1))
+
+
+def scores_of(vectors: TaskVectors, inter: _competition.Inter) -> torch.Tensor:
+    """All scores of a competition, made with tensor operations."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_fused, "LEAST", 1 << 62)
+        score = _competition.released(inter, vectors, _competition.Rules(0.01, 0.1, 0.0)).score
+        return torch.cat([score(vectors[name]) for name in vectors], 1)
+
+
 @pytest.mark.parametrize("tasks", [1, 3, 100])
 @pytest.mark.parametrize("size", [1e-18, 1e-3, 1.0, 30.0])
 def test_contenders_are_few_and_none_is_missed(tasks: int, size: float) -> None:

@@ -62,7 +62,8 @@ def test_sums_and_means_are_those_of_copies_bit_for_bit(
     assert len(lent) == count and all(torch.equal(lent[i], copies[i]) for i in range(count))
     assert torch.equal(_kernels.weighted_total(lent, weights), _kernels.weighted_total(copies, weights))
     assert torch.equal(_kernels.mean(lent), _kernels.mean(copies))
-    assert torch.equal(_kernels.mean(lent[:1]), copies[0])
+    alone = _kernels.mean(lent[:1])
+    assert torch.equal(alone, copies[0]) and alone.data_ptr() != rows[0].data_ptr()
     assert all(torch.equal(row, kept) for row, kept in zip(rows, before, strict=True))
     exact = copies.double() @ copies.double().T
     size_of = torch.outer(copies.double().norm(dim=1), copies.double().norm(dim=1))
