@@ -195,20 +195,29 @@ def test_an_existing_folder_is_refused_before_any_training(vit: Path, tmp_path: 
     train(config(vit, epochs=1), tmp_path / "expert", force=True)
 
 
+def train_past_the_best(base: Path, folder: Path, **facts: Any) -> tuple[dict[str, Any], list[float], Path]:
+    """Train at rates that rise far too high, by seeds until an evaluation before the last is the best: what comes of
+    such a training depends on the processor's roundings.
+    """
+    for seed in range(20):
+        out = folder / str(seed)
+        result = train(config(base, epochs=6, lr=1.0, warmup=0.99, seed=seed, **facts), out)
+        scores = [row["score"] for row in result["curve"]]
+        if scores[-1] < max(scores):
+            return result, scores, out
+    pytest.fail("of twenty trainings the last evaluation was the best each time")
+
+
 def test_the_best_evaluation_is_kept_not_the_last(vit: Path, tmp_path: Path) -> None:
-    result = train(config(vit, epochs=6, lr=0.3), tmp_path / "expert")
-    scores = [row["score"] for row in result["curve"]]
+    result, scores, out = train_past_the_best(vit, tmp_path)
     assert result["score"] == max(scores)
-    assert scores[-1] < max(scores)
-    assert evaluate(tmp_path / "expert", [tiny.SHADE], split="tune").mean == result["score"]
+    assert evaluate(out, [tiny.SHADE], split="tune").mean == result["score"]
 
 
 def test_the_last_evaluation_is_kept_where_that_is_asked_for(vit: Path, tmp_path: Path) -> None:
-    result = train(config(vit, epochs=6, lr=0.3, keep="last"), tmp_path / "expert")
-    scores = [row["score"] for row in result["curve"]]
-    assert scores[-1] < max(scores)
+    result, scores, out = train_past_the_best(vit, tmp_path, keep="last")
     assert (result["score"], result["best_step"]) == (scores[-1], result["steps"])
-    assert evaluate(tmp_path / "expert", [tiny.SHADE], split="tune").mean == scores[-1]
+    assert evaluate(out, [tiny.SHADE], split="tune").mean == scores[-1]
 
 
 def test_the_rows_that_report_may_choose_as_well(vit: Path, tmp_path: Path) -> None:
