@@ -161,4 +161,4 @@ class Kit:
         """Return what reads the vectors; on a device a product is faster than sending them there."""
         if self.device.type != "cpu" or self.hold == "kept":
             return None
-        return lambda: self.vectors[name].float()
+        return lambda: self.vectors[name].to(self.device, torch.float32)

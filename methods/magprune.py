@@ -72,5 +72,5 @@ def probabilities(x: torch.Tensor, keep: float, epsilon: float) -> torch.Tensor:
     """Return each entry's probability to be kept: linear in its rank, keep - epsilon to keep + epsilon."""
     length = x.shape[-1] if x.dim() else 1
     if length == 1:
-        return torch.full(x.shape, keep, dtype=torch.float64)
+        return torch.full(x.shape, keep, dtype=torch.float64, device=x.device)
     return keep - epsilon + 2 * epsilon / (length - 1) * _more_kernels.ranks(x).double()
