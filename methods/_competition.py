@@ -15,9 +15,10 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from mergectl.methods import _kernels
-from mergectl.methods._contenders import Field
-from mergectl.methods._task_vectors import Rows, TaskVectors, chunks
+from mergectl.methods import _kernels, _kth
+from mergectl.methods._contenders import Edges, Field
+from mergectl.methods._order import Between, Bounds
+from mergectl.methods._task_vectors import TaskVectors, chunks
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 Inter: TypeAlias = "Callable[[torch.Tensor, torch.Tensor], torch.Tensor]"
@@ -34,16 +35,12 @@ class Rules:
 
 @dataclass(frozen=True)
 class Contest:
-    """A competition whose figures of the whole model are known.
-
-    Magnitudes are clipped to `clip`; with `edges`, a share is a score's place between them, from 0 to 1, and a `field`
-    says whose can be above 0."""
+    """A competition whose figures of the whole model are known; magnitudes are clipped to `clip`."""
 
     score: Callable[[torch.Tensor], torch.Tensor]
     share: Callable[[torch.Tensor], torch.Tensor]  # of scores, which it may overwrite
     clip: tuple[Sequence[float], Sequence[float]]
-    edges: tuple[Sequence[float], Sequence[float]] | None = None
-    field: Field | None = None  # where the score is one that loops can bound
+    field: tuple[Field, Edges] | None = None  # where a share is the score's place between edges, from 0 to 1
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the values of one weight of all tasks, and their shares."""
@@ -51,9 +48,10 @@ class Contest:
 
     def average(self, x: torch.Tensor, scales: Sequence[float], floor: float) -> torch.Tensor:
         """Return the sum over tasks of scale * share * value, divided by the sum of shares or, if larger, the floor."""
-        if self.field is None or self.edges is None or not self.field.suits(x):
+        if self.field is None or not self.field[0].suits(x):
             return average(*self(x), scales, floor)
-        return self.field.average(x, self.edges, scales, floor)
+        field, edges = self.field
+        return field.average(x, edges, scales, floor)
 
 
 def winsor_ranks(share: float, count: int) -> tuple[int, int]:
@@ -124,16 +122,17 @@ def released(inter: Inter, vectors: TaskVectors, rules: Rules) -> Contest:
         intra = u.square().sub_(1).mul_(n).exp_()  # exp(n u^2) up to a constant: that overflows from 89 tasks on
         return _premasked(inter(x, u * x.sign()).mul_(intra), x, floors)
 
-    def reaching(least: Sequence[float], name: str) -> Rows:
+    def counted(name: str, bounds: Sequence[Sequence[Bounds]]) -> list[list[Between]]:
         x = vectors[name]
-        return score(x) if field is None or not field.suits(x) else field.contenders(x, least).rows()
+        if field is None or not field.suits(x):
+            return _kth.between(score(x), bounds, False, count)
+        return field.between(x, bounds)
 
-    edges = [[drop_rank(rules.ratio, count)] * n, [1] * n]
+    ranks = [[drop_rank(rules.ratio, count)] * n, [1] * n]
     scores = vectors.map(lambda name, x: score(x), by_entry=True)
-    dropped, largest = scores.kth_largest(edges, reaching)
-    lasting = (lows, highs), (dropped, largest)
-
-    return Contest(score, lambda found: normalised(found, dropped, largest), *lasting, field)
+    dropped, largest = scores.kth_largest(ranks, counted)
+    suited = None if field is None else (field, (dropped, largest))
+    return Contest(score, lambda found: normalised(found, dropped, largest), (lows, highs), suited)
 
 
 def published(vectors: TaskVectors, rules: Rules) -> Contest:

@@ -14,10 +14,12 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from mergectl.methods import _fused
+from mergectl.methods import _fused, _kth
 from mergectl.methods._fused import STRETCH, compiled
+from mergectl.methods._order import Between, Bounds
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
+Edges: TypeAlias = tuple[Sequence[float], Sequence[float]]  # per task the least score that counts, and the largest
 
 TINY = 1e-30  # rounding of what is not far above the least float is no small part of it: no bound is trusted there
 
@@ -61,9 +63,12 @@ class Field:
             score.tanh_().mul_(heat[: len(score)].exp_())
         return found
 
-    def average(
-        self, x: torch.Tensor, edges: tuple[Sequence[float], Sequence[float]], scales: Sequence[float], floor: float
-    ) -> torch.Tensor:
+    def between(self, x: torch.Tensor, bounds: Sequence[Sequence[Bounds]]) -> list[list[Between]]:
+        """Count and collect each task's scores between its pairs of bounds."""
+        found = self.contenders(x, [min(low for low, _ in pairs) for pairs in bounds])
+        return _kth.between(found.rows(), bounds, False, self.count)
+
+    def average(self, x: torch.Tensor, edges: Edges, scales: Sequence[float], floor: float) -> torch.Tensor:
         """Return the average of clipped entries by their shares: a score's place between edges, from 0 to 1."""
         found, result = self.contenders(x, edges[0]), torch.empty_like(x[0])
         bounds = np.array([self.lows, self.highs, *edges], np.float32)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 Form: TypeAlias = "np.ufunc"  # of rows of numbers: makes that of which the order is asked
+Counted: TypeAlias = "Callable[[str, Sequence[Sequence[_order.Bounds]]], list[list[_order.Between]]]"
 
 _TOGETHER = 1 << 19  # elements per task that are looked at together
 _SAMPLED = 1 << 21  # elements per task that a sample has at most
@@ -34,41 +35,20 @@ _PARTS = 8  # of the weights, whose bit patterns are counted by different thread
 
 
 def largest(
-    vectors: TaskVectors,
-    ranks: Sequence[Sequence[int]],
-    *,
-    magnitudes: bool,
-    reaching: Callable[[Sequence[float], str], Rows] | None = None,
+    vectors: TaskVectors, ranks: Sequence[Sequence[int]], *, magnitudes: bool, counted: Counted | None = None
 ) -> list[list[float]]:
     """Return for each list of ranks (one per task) each task's k-th largest entry, or magnitude, over all weights.
 
-    `reaching(least, name)` gives a weight's rows without what is smaller than their task's least.
+    `counted(name, bounds)` does for a weight what `between` does for its rows, without making all of them.
     """
     form = np.abs if magnitudes else np.positive
     if vectors.numel <= _TOGETHER:
         return _together(vectors, ranks, form)
     bounds = _bounds(vectors, ranks, form)
-
-    def look(row: Array, rank: int, low: float, high: float) -> _order.Between:
-        return (
-            _order.highest(row, magnitudes) if rank == 1 else _order.between(row, low, high, magnitudes, vectors.numel)
-        )
-
-    def count(rows: Rows) -> list[list[_order.Between]]:
-        found = []
-        for task, (pairs, wanted) in enumerate(zip(bounds, zip(*ranks, strict=True), strict=True)):
-            if isinstance(rows, Stored) and 1 not in wanted:
-                found.append([rows.between(task, *pair, magnitudes) for pair in pairs])
-            else:
-                row = numbers(rows[task][None])[0]
-                found.append([look(row, rank, *pair) for rank, pair in zip(wanted, pairs, strict=True)])
-        return found
-
-    looked_at = vectors
-    if reaching is not None:
-        least = [min(low for low, _ in pairs) for pairs in bounds]
-        looked_at = vectors.reading(vectors.__getitem__, lend=functools.partial(reaching, least))
-    counts = looked_at.survey_lent(count)
+    if counted is None:
+        counts = vectors.survey_lent(lambda rows: between(rows, bounds, magnitudes, vectors.numel))
+    else:
+        counts = vectors.spread(lambda name: counted(name, bounds), list(vectors))
 
     def kth(place: int, task: int) -> float:
         parts = [unit[task][place] for unit in counts]
@@ -82,6 +62,19 @@ def largest(
             found = [other if math.isnan(value) else value for value, other in zip(found, exact, strict=True)]
         result.append(found)
     return result
+
+
+def between(
+    rows: Rows, bounds: Sequence[Sequence[_order.Bounds]], magnitudes: bool, whole: int
+) -> list[list[_order.Between]]:
+    """Count and collect each task's entries, or magnitudes, between its pairs of bounds: [task][pair]."""
+    if isinstance(rows, Stored):
+        return [[rows.between(task, *pair, magnitudes) for pair in pairs] for task, pairs in enumerate(bounds)]
+    alone = (numbers(row[None])[0] for row in rows)
+    return [
+        [_order.between(row, *pair, magnitudes, whole) for pair in pairs]
+        for row, pairs in zip(alone, bounds, strict=True)
+    ]
 
 
 def reach(
@@ -109,7 +102,7 @@ def _together(vectors: TaskVectors, ranks: Sequence[Sequence[int]], form: Form) 
     return [[found[task][place] for task in tasks] for place in range(len(ranks))]
 
 
-def _bounds(vectors: TaskVectors, ranks: Sequence[Sequence[int]], form: Form) -> list[list[tuple[float, float]]]:
+def _bounds(vectors: TaskVectors, ranks: Sequence[Sequence[int]], form: Form) -> list[list[_order.Bounds]]:
     """Return per task, for each of its ranks, bounds that hold that entry almost surely."""
     step = max(_STEP, vectors.numel // _SAMPLED)
     counts = [_order.thinned_count(math.prod(shape), step) for shape in vectors.shapes.values()]

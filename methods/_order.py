@@ -12,6 +12,7 @@ import numpy as np
 from mergectl.methods import _fused
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
+Bounds: TypeAlias = tuple[float, float]
 
 
 class Between(NamedTuple):
@@ -41,7 +42,7 @@ def _special(rank: int, count: int) -> float | None:
     return math.inf if rank <= 0 else -math.inf if rank > count else None
 
 
-def bounds(sample: Array, rank: int, count: int) -> tuple[float, float]:
+def bounds(sample: Array, rank: int, count: int) -> Bounds:
     """Return bounds that hold the k-th largest of `count` entries almost surely, from a sorted sample.
 
     They lie twelve deviations apart from what the sample says: its runs of neighbours say less than single entries.
@@ -88,12 +89,6 @@ def _folded(numbers: Array) -> Array:
     bits = numbers.view(np.int32)
     result: Array = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return result
-
-
-def highest(row: Array, magnitudes: bool) -> Between:
-    """Collect the largest entry, or magnitude, alone."""
-    ends = [] if len(row) == 0 else [max(row.max(), -row.min()) if magnitudes else row.max()]
-    return Between(np.array(ends, np.float32), 0, 0, 0)
 
 
 def kth_between(parts: Sequence[Between], rank: int, count: int, low: float, high: float) -> float:

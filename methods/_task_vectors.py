@@ -254,15 +254,13 @@ class TaskVectors(Mapping[str, "torch.Tensor"]):
         """Do what `kth_largest` does, for magnitudes."""
         return _kth.largest(self, ranks, magnitudes=True)
 
-    def kth_largest(
-        self, ranks: Sequence[Sequence[int]], reaching: Callable[[Sequence[float], str], Rows] | None = None
-    ) -> list[list[float]]:
+    def kth_largest(self, ranks: Sequence[Sequence[int]], counted: _kth.Counted | None = None) -> list[list[float]]:
         """Return for each list of ranks (one per task) each task's k-th largest entry over all weights, exactly.
 
-        The first is k = 1; k = 0 gives infinity, and k beyond the last entry minus infinity. `reaching(least, name)`
-        may be quicker than reading a weight: it gives its rows without what is smaller than their task's least.
+        The first is k = 1; k = 0 gives infinity, and k beyond the last entry minus infinity. `counted(name, bounds)`
+        may be quicker than reading a weight: for each task it counts and collects entries between pairs of bounds.
         """
-        return _kth.largest(self, ranks, magnitudes=False, reaching=reaching)
+        return _kth.largest(self, ranks, magnitudes=False, counted=counted)
 
     def energy_magnitude(self, shares: Sequence[float]) -> list[float]:
         """Return each task's largest magnitude down to which its elements hold a share of its squared norm."""

@@ -153,11 +153,11 @@ def test_who_is_left_out_of_a_competition_changes_no_threshold(
 
     monkeypatch.setattr(_contenders.Field, "contenders", watched)
     monkeypatch.setattr(_kth, "_TOGETHER", 0)
-    plain, fused = both(lambda: _competition.released(inter, vectors, _competition.Rules(0.01, 0.1, 0.0)).edges)
+    plain, fused = both(lambda: _competition.released(inter, vectors, _competition.Rules(0.01, 0.1, 0.0)).field)
     assert plain == fused
     assert max(asked) > _contenders.TINY
     every = scores_of(vectors, inter).sort(descending=True).values
-    assert plain == tuple(every[:, rank - 1].tolist() for rank in (_competition.drop_rank(0.1, every.shape[1]), 1))
+    assert plain[1] == tuple(every[:, rank - 1].tolist() for rank in (_competition.drop_rank(0.1, every.shape[1]), 1))  # type: ignore[index]
 
 
 def scores_of(vectors: TaskVectors, inter: _competition.Inter) -> torch.Tensor:
