@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import mmap
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -71,6 +71,28 @@ def place(weights: Any, name: str) -> tuple[Path, int, int] | None:
     return found
 
 
+class Flat:
+    """Weights as rows of numbers; of one that is stored in another order, a copy is kept for its next block."""
+
+    def __init__(self, read: Callable[[str], torch.Tensor]) -> None:
+        self._read, self._lock = read, threading.Lock()
+        self._copies: dict[str, torch.Tensor] = {}
+
+    def __getitem__(self, weight: str) -> torch.Tensor:
+        """All numbers of a weight; they belong to it."""
+        whole = self._read(weight)
+        if whole.is_contiguous():
+            return whole.view(-1)
+        with self._lock:
+            if weight not in self._copies:
+                self._copies = {weight: whole.reshape(-1)}
+            return self._copies[weight]
+
+    def forget(self) -> None:
+        """Keep no copy."""
+        self._copies = {}
+
+
 class BlockReader:
     """Lends blocks of one model's weights: of files mapped into memory where they stand in one as they are.
 
@@ -82,6 +104,7 @@ class BlockReader:
         self._files: dict[Path, mmap.mmap] = {}
         self._found: dict[str, tuple[Array, torch.dtype, Path, int] | None] = {}
         self._lock = threading.Lock()
+        self._flat = Flat(lambda weight: weights[weight].detach())
 
     def read(self, block: Block) -> torch.Tensor:
         """A block as it is stored, in the block's shape."""
@@ -89,8 +112,7 @@ class BlockReader:
 
         found = self._place(block)
         if found is None:
-            whole: torch.Tensor = self.weights[block.weight].detach().reshape(-1)
-            return whole[block.start : block.stop].view(block.shape)
+            return self._flat[block.weight][block.start : block.stop].view(block.shape)
         part, dtype = found
         lent = torch.from_numpy((part if part.flags.aligned else part.copy()).reshape(block.shape))
         return lent if lent.dtype == dtype else lent.view(dtype)
@@ -141,22 +163,24 @@ class BlockReader:
         """Forget the files; they are closed with the last block that was lent."""
         self._found.clear()
         self._files.clear()
+        self._flat.forget()
 
 
 class Cut(Mapping[str, "torch.Tensor"]):
     """A mapping of weights under their own names and those of their blocks."""
 
     def __init__(self, weights: Mapping[str, Any], blocks: Mapping[str, Block]) -> None:
+        import torch
+
         self._weights, self._blocks = weights, blocks
+        self._flat = Flat(lambda weight: torch.as_tensor(weights[weight]))
 
     def __getitem__(self, name: str) -> Any:
         """Read one weight or block."""
-        import torch
-
         if name not in self._blocks:
             return self._weights[name]
         block = self._blocks[name]
-        return torch.as_tensor(self._weights[block.weight]).reshape(-1)[block.start : block.stop].reshape(block.shape)
+        return self._flat[block.weight][block.start : block.stop].view(block.shape)
 
     def __iter__(self) -> Iterator[str]:
         """Go through the weights' own names."""

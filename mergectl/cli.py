@@ -226,6 +226,7 @@ def _say(text: str, code: int) -> int:
 def entry() -> None:
     """The console script; a polite kill (SIGTERM) ends a run as Ctrl-C does."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    _open_more_files()
     gc.set_threshold(50_000, 20, 20)  # importing torch makes half a million objects that stay: a quarter second less
     ending = _Ending()
     atexit.register(ending)  # the first to be registered is the last to be called
@@ -233,6 +234,15 @@ def entry() -> None:
     for late in (signal.SIGINT, signal.SIGTERM):  # all is done and said
         signal.signal(late, signal.SIG_IGN)
     sys.exit(ending.code)
+
+
+def _open_more_files() -> None:
+    """Allow as many open files as the machine does: a merge keeps all shards of its models open."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 class _Ending:

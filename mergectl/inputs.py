@@ -50,8 +50,8 @@ def _fresh(use: str, shape: tuple[int, ...], dtype: torch.dtype, device: str) ->
 class Inputs:
     """Base and experts of one merge, read weight by weight in float32; every weight is checked when first read.
 
-    Weights stored in float64 stay so. `unchanged` holds the tasks whose expert has not differed from the base so far.
-    Several threads may read at once.
+    Weights stored in float64 stay so, task vectors do not. `unchanged` holds the tasks whose expert has not differed
+    from the base so far. Several threads may read at once.
     """
 
     def __init__(self, base: Weights | None, experts: Mapping[str, Weights], device: str = "cpu") -> None:
@@ -71,6 +71,8 @@ class Inputs:
         self._unchecked: set[str] = set()
         self._last = threading.local()  # the base's weight that a thread read last
         self._readers = {id(model): BlockReader(model) for model in self._models()}
+        for model in self._models():
+            _refuse_odd_types(model)
         for task, expert in experts.items():
             check_names(self.first, expert, task, self.floating)
 
@@ -315,6 +317,14 @@ def _is_finite(x: torch.Tensor) -> bool:
 def _wide(x: torch.Tensor) -> torch.Tensor:
     """Return a weight as float32, float64 if it is stored so."""
     return x if x.element_size() == 8 else x.float()
+
+
+def _refuse_odd_types(model: Weights) -> None:
+    """Refuse complex numbers and those of 8 bits: no mean of them is what was meant."""
+    for name in model:
+        word = str(dtype_of(model, name)).removeprefix("torch.")
+        if word.startswith(("complex", "float8", "C", "F8")):
+            raise UserError(f"'{name}' is of the type {word}. Only real numbers of 16, 32 or 64 bits can be merged.")
 
 
 def check_names(base: Weights, expert: Weights, task: str, names: Iterable[str]) -> None:

@@ -13,6 +13,7 @@ from mergectl.methods._contract import MergeWarning
 from mergectl.plan import Recipe, Refinements, recipe_of
 from mergectl.settings import describe
 from mergectl.stream import Piece, Stream, merge_stream
+from mergectl.tensorfiles import is_finite
 from mergectl.tied import repeated, uses
 
 if TYPE_CHECKING:
@@ -84,7 +85,11 @@ class Merged(Mapping[str, "torch.Tensor"]):
         masks: dict[str, dict[str, torch.Tensor]] = {task: {} for task in self.tasks}
         for piece in stream:
             model = like[piece.name]
-            self._weights[piece.name] = _copy(piece.weight).to(model)
+            self._weights[piece.name] = weight = _copy(piece.weight).to(model)
+            if weight.is_floating_point() and not is_finite(weight):
+                raise UserError(
+                    f"The merged '{piece.name}' holds numbers that {weight.dtype} cannot hold. Choose smaller settings."
+                )
             for task, weight in piece.own.items():
                 self._own[task][piece.name] = _copy(weight)
             if piece.delta is not None and piece.masks is not None:

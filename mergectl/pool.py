@@ -19,10 +19,13 @@ if TYPE_CHECKING:
     import torch
 
 KEPT = 1 << 22  # elements up to which a thread keeps memory for its next piece of work
-ROOMS = 8  # of such memories that a thread keeps
+ROOMS = 8  # of such memories that a thread keeps at most
 AHEAD = 2  # shares of the work per thread that wait or are done before they are asked for
 SHARES = 16  # per thread, at least: the last one ends soon after the others
 TOGETHER = 8  # pieces of work in a share at most: handing one over costs as much as a short piece
+_torch = threading.Lock()  # how many threads torch has is the process's own
+_pools = 0  # that keep torch to one thread
+_given = 1  # threads that torch had before the first of them
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # numbers of GNU malloc.h
 
 
@@ -36,15 +39,21 @@ class Pool:
         import torch
 
         self._device = device if device.startswith("cuda") else None
-        self._given = torch.get_num_threads()
-        self._threads = max(2, self._given) if self._device else self._given
+        with _torch:
+            given = _given if _pools else torch.get_num_threads()
+        self._threads = max(2, given) if self._device else given
         self._worker = threading.local()
         self._executor = ThreadPoolExecutor(self._threads) if self._threads > 1 else None
 
     def __enter__(self) -> Pool:
         import torch
 
-        torch.set_num_threads(1)
+        global _pools, _given
+        with _torch:
+            if not _pools:
+                _given = torch.get_num_threads()
+                torch.set_num_threads(1)
+            _pools += 1
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -53,7 +62,11 @@ class Pool:
 
         if self._executor is not None:
             self._executor.shutdown(cancel_futures=True)
-        torch.set_num_threads(self._given)
+        global _pools
+        with _torch:
+            _pools -= 1
+            if not _pools:
+                torch.set_num_threads(_given)
 
     def map(self, work: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
         """Do what the builtin `map` does, several items at a time; work that asks for more work does it itself."""
@@ -98,7 +111,7 @@ class Pool:
         rooms: dict[Any, torch.Tensor] = self._worker.__dict__.setdefault("rooms", {})
         key = (depth, use, shape, dtype)
         if key not in rooms:
-            if len(rooms) > ROOMS:
+            if len(rooms) == ROOMS:
                 rooms.clear()
             rooms[key] = torch.empty(shape, dtype=dtype, device=device)
         return rooms[key]

@@ -159,10 +159,9 @@ class Stream:
         merged, *masks = result if isinstance(result, tuple) else (result,)
         if merged.shape != self.inputs.shapes.get(name):
             raise UserError(f"Method '{method}' gave an unknown or misshapen weight '{name}': mend its file.")
-        if not is_weight:
-            weight = self.inputs.on_base(name, merged, lent=self._lends)
-        else:  # a view may be of memory that the next weight is read into
-            weight = merged.clone() if merged._is_view() else merged
+        if (is_weight or masks) and merged._is_view():  # perhaps of memory that the next weight is read into
+            merged = merged.clone()
+        weight = merged if is_weight else self.inputs.on_base(name, merged, lent=self._lends)
         if not self._lends:
             self.inputs.check_result(name, weight)
         weight = weight if weight.is_cpu else weight.cpu()
@@ -191,8 +190,9 @@ class Stream:
         return whole
 
     def _keep(self, kept: Mapping[str, Any] | None) -> None:
-        if kept and "rescalers" in kept:
-            self.rescalers = dict(zip(self.inputs.tasks, (float(r) for r in kept["rescalers"]), strict=True))
+        if self.info.extra_bits:
+            rescalers = (kept or {}).get("rescalers", [1.0] * len(self.inputs.tasks))
+            self.rescalers = dict(zip(self.inputs.tasks, map(float, rescalers), strict=True))
 
     def _carried(self) -> Iterator[Piece]:
         """Pass on the weights that are no floating-point numbers, such as position ids."""

@@ -132,7 +132,8 @@ def _cast(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, bool]:
     from mergectl.methods import _fused, _stored
 
     plain = x.is_cpu and x.is_contiguous() and not x.requires_grad
-    if plain and x.dtype == torch.float32 and dtype == torch.bfloat16 and _fused.started() and _stored.is_long(x):
+    looped = _fused.started() and _fused.worth(x.numel())
+    if plain and looped and x.dtype == torch.float32 and dtype == torch.bfloat16:
         return _stored.rounded(x)
     if x.dtype != dtype or not plain:
         x = x.detach().to("cpu", dtype).contiguous()

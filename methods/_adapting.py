@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from mergectl.methods._contract import MethodError
+from mergectl.methods._descent import Adam
 
 if TYPE_CHECKING:
     from mergectl.methods._blend import Blend
-
-BETAS, EPS = (0.9, 0.999), 1e-8
 
 
 class Entropy(Protocol):
@@ -42,24 +41,6 @@ class Watch(Protocol):
     def __call__(self, learned: Learned) -> bool | None:
         """Take note of a step; say whether that is enough."""
         ...
-
-
-class Adam:
-    """Adam without decay, as torch computes it, on one vector."""
-
-    def __init__(self, count: torch.Tensor, rate: float) -> None:
-        """Begin with moments of zero."""
-        self.rate, self.steps = rate, 0
-        self.first, self.second = torch.zeros_like(count), torch.zeros_like(count)
-
-    def step(self, numbers: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Move the numbers against the gradient, in place."""
-        self.steps += 1
-        self.first.lerp_(gradient, 1 - BETAS[0])
-        self.second.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
-        root = math.sqrt(1 - BETAS[1] ** self.steps)
-        spread = (self.second.sqrt() / root).add_(EPS)
-        numbers.addcdiv_(self.first, spread, value=-self.rate / (1 - BETAS[0] ** self.steps))
 
 
 class Learned:

@@ -61,7 +61,10 @@ def compiled(loop: Loop, fastmath: Collection[str] = ()) -> Loop:
     def run(*given: Any) -> Any:
         with _lock:
             code = machine_code()
-        return code(*given)
+        try:
+            return code(*given)
+        except OSError:  # the machine code was made, but could not be kept: that disk is full
+            return code(*given)
 
     return cast("Loop", run)
 

@@ -29,7 +29,7 @@ Counted: TypeAlias = "Callable[[str, Sequence[Sequence[_order.Bounds]]], list[li
 
 _TOGETHER = 1 << 19  # elements per task that are looked at together
 _SAMPLED = 1 << 21  # elements per task that a sample has at most
-_STEP = 32  # a sample has no more than one element in so many
+_STEP = 32  # a sample has no more than one element in so many, but one of every weight
 _CHUNK = 1 << 17  # elements counted at once
 _PARTS = 8  # of the weights, whose bit patterns are counted by different threads
 

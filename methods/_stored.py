@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from mergectl.methods import _fused, _order
+from mergectl.methods._fused import STRETCH
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
@@ -103,8 +104,6 @@ class Stored(Sequence["torch.Tensor"]):
         """Count and collect a row's entries, or magnitudes, between two bounds."""
         return _order.between_bits(self.rows[place], self.base, low, high, magnitudes)
 
-
-STRETCH = 1024  # elements that are gone through together
 
 _contracted = functools.partial(_fused.compiled, fastmath=["contract"])  # sums of products are rounded once
 
@@ -216,7 +215,7 @@ def bits(rows: Iterable[torch.Tensor]) -> list[Array] | None:
 
 def _bits(row: torch.Tensor) -> Array | None:
     whole = {torch.bfloat16: torch.int16, torch.float32: torch.int32}.get(row.dtype)  # of as many bits
-    if whole is None or not row.is_cpu or not row.is_contiguous() or not is_long(row):
+    if whole is None or not row.is_cpu or not row.is_contiguous() or not _fused.worth(row.numel()):
         return None
     own = row.view(whole).view(-1).numpy()
     return own.view(f"<u{own.itemsize}")
@@ -236,11 +235,6 @@ def _numbers(bits: Array) -> torch.Tensor:
     """Return the numbers that bits stand for, in the same memory."""
     dtype = {2: torch.bfloat16, 4: torch.float32}[bits.itemsize]
     return torch.from_numpy(bits.view(f"<i{bits.itemsize}")).view(dtype)
-
-
-def is_long(x: torch.Tensor) -> bool:
-    """Say whether the loops are worth the compiler's start."""
-    return _fused.worth(x.numel())
 
 
 def flat(x: torch.Tensor) -> Array:

@@ -170,8 +170,8 @@ class TaskVectors(Mapping[str, "torch.Tensor"]):
     def each(self, function: Callable[[str, torch.Tensor], Any]) -> Iterator[Any]:
         """Yield every name, in order, with what `function(name, x)` gives (a tuple: with all that is in it).
 
-        Several threads work at once: the function may read what is outside it, but changes nothing there. What it is
-        given is lent to it: the next weight is read into the same memory.
+        Several threads work at once: the function may read what is outside it, but changes nothing there that another
+        call reads. What it is given is lent to it: the next weight is read into the same memory.
         """
         return self._each(function, self._read)
 

@@ -61,6 +61,8 @@ def kept(score: Callable[[str, torch.Tensor], torch.Tensor], floor: float, name:
 
 def importance(change: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
     """Return each entry's change in magnitude times the divergence of its row."""
+    if change.numel() == 0:
+        return torch.zeros_like(change)
     rows = change.detach().cpu().reshape(-1, change.shape[-1] if change.dim() else 1)
     start = base.detach().cpu().reshape(rows.shape)
     scores = torch.empty(rows.shape, dtype=torch.float32)

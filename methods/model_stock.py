@@ -32,7 +32,7 @@ TITLE = "Model Stock"
 PAPER = "arXiv:2403.19522"
 NEUTRAL: dict[str, float] = {}
 EXPERTS = (2, None)
-BLOCKS = {"filter_wise": {False: "elements", True: "rows"}}  # a block of elements, or of rows, is enough
+BLOCKS = {"filter_wise": [False]}  # a filter may be longer than any block
 
 
 def mean_cosine(cosines: Array) -> Array:

@@ -214,3 +214,9 @@ def test_the_pieces_of_a_merge_keep_their_numbers_while_it_goes_on() -> None:
             assert [float(piece.weight[0]) for piece in list(stream)] == [i + 1.0 for i in range(40)]
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_merge_that_its_type_cannot_hold_is_refused() -> None:
+    base, expert = ({"w": torch.full((3,), x, dtype=torch.float16)} for x in (60000.0, 65000.0))
+    with pytest.raises(UserError, match=r"The merged 'w' holds numbers that torch\.float16 cannot hold"):
+        merge_weights("task_arithmetic", base, {"a": expert}, scale=2.0)

@@ -9,12 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
 
-from mergectl import blocks, settings
+from mergectl import blocks, merge_weights, settings
+from mergectl.methods import _fused, _stored
 from tests.conftest import Cli
 
 EXPERTS = ("a", "b", "c")
-# Two weights longer than a block, one of them in bfloat16, where many magnitudes are equal; and short ones.
+LENGTH = 1 << 13  # elements of a block
+# Two weights of many blocks, one of them in bfloat16, where many magnitudes are equal; and short ones.
 SHAPES = {"embed.weight": (512, 300), "layer.0.weight": (300, 440), "layer.0.bias": (400,), "layer.1.weight": (3, 700)}
 # Thresholds, whole-model sums, sums over a weight, ranks in a row, random draws.
 METHODS = [
@@ -58,8 +61,9 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def own_threads() -> Iterator[None]:
-    """Give torch its threads back."""
+def own_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Cut short blocks, and give torch its threads back."""
+    monkeypatch.setattr(blocks, "LENGTH", LENGTH)
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -109,12 +113,36 @@ def test_how_shards_are_ordered_does_not_matter(
 
 
 @pytest.mark.parametrize("method", EXACT)
-@pytest.mark.parametrize("length", [1 << 13, 99_991, 1 << 30])
+@pytest.mark.parametrize("length", [1 << 12, 99_991, 1 << 30])
 def test_the_length_of_blocks_does_not_move_a_threshold(
     method: str, length: int, cli: Cli, families: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(blocks, "LENGTH", length)
     assert merged(cli, method, families / "forth", "other", threads=2) == expected
+
+
+@pytest.mark.parametrize("method", [*METHODS, "average", "task_arithmetic", "slerp"])
+def test_what_is_written_is_what_tensors_in_memory_give(
+    method: str, cli: Cli, families: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = 2 if method == "slerp" else 3
+    base, *experts = (weights(seed) for seed in range(count + 1))
+    own = base if method not in ("average", "slerp") else None
+    monkeypatch.setattr(_fused, "LEAST", 1 << 62)
+    expected = merge_weights(method, own, dict(zip(EXPERTS, experts, strict=False)))
+    monkeypatch.setattr(_fused, "LEAST", 1)
+    monkeypatch.setattr(_stored, "MANY", 1)
+    models = [f"{name}={families / 'forth' / name}" for name in EXPERTS[:count]]
+    given = [] if own is None else ["--base", families / "forth" / "base"]
+    assert cli("merge", method, *given, "--experts", *models, "-o", "out", "--quiet") == 0
+    found = {
+        name: weight for file in Path("out").glob("model*.safetensors") for name, weight in load_file(file).items()
+    }
+    assert set(found) == set(expected) == set(SHAPES)
+    for name, weight in expected.items():
+        assert_close(
+            found[name].float(), weight.float(), rtol=8e-3 if weight.dtype == torch.bfloat16 else 1e-6, atol=1e-6
+        )
 
 
 def test_every_method_tried_here_exists() -> None:

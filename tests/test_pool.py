@@ -83,3 +83,21 @@ def test_weights_are_shared_out_whole_but_large_ones_in_blocks() -> None:
     assert [name for name, _ in found] == list(shapes) and all(bool((x == 2).all()) for _, x in found)
     assert all(len(threads) == 1 for name, threads in used.items() if name != "large")
     assert threading.get_ident() not in set().union(*used.values())
+
+
+def test_torch_gets_its_threads_back_from_pools_that_overlap() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        first, second = Pool(), Pool()
+        first.__enter__()
+        second.__enter__()
+        third = Pool()
+        assert torch.get_num_threads() == 1
+        first.__exit__()
+        assert torch.get_num_threads() == 1
+        second.__exit__()
+        assert torch.get_num_threads() == 3
+        assert third._threads == 3
+    finally:
+        torch.set_num_threads(before)

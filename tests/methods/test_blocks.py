@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import tracemalloc
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
-from mergectl import blocks, merge_weights, settings
+from mergectl import blocks, merge_weights, plugins, settings
+from mergectl.checkpoints import open_checkpoint
 from mergectl.errors import UserError
-from mergectl.methods import _kth, _task_vectors
+from mergectl.methods import _kernels, _kth, _task_vectors
 from tests.methods import families
 
 
@@ -29,22 +32,47 @@ def weights(seed: int) -> dict[str, torch.Tensor]:
 BASE = weights(0)
 DELTAS = [weights(seed) for seed in (1, 2, 3)]
 EXPERTS = {f"t{i}": {n: BASE[n] + 0.1 * d[n] for n in BASE} for i, d in enumerate(DELTAS)}
-ELEMENTWISE = [name for name in settings.names() if settings.describe(name).experts[1] is None]
 
 
-@pytest.mark.parametrize("method", ELEMENTWISE)
+def ways() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Go through all methods, and the values of settings on which their blocks depend."""
+    for method in settings.names():
+        fact = getattr(plugins.load("methods", settings.describe(method).method), "BLOCKS", False)
+        yield method, {}
+        for key in fact if isinstance(fact, Mapping) else ():
+            yield from ((method, {key: value}) for value in settings.settings_of(method)[key].words or (False, True))
+
+
+@pytest.mark.parametrize(("method", "given"), list(ways()))
 @pytest.mark.parametrize("length", [1, 8, 20])
-def test_blocks_change_nothing(method: str, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    info = settings.describe(method)
-    drop: dict[str, Any] = {"drop": 0.0} if "drop" in info.settings else {}
-    if "rng" in info.supplies and not drop:
-        pytest.skip("its draws belong to blocks of the fixed length")
-    whole = families.merge_weights(method, BASE, EXPERTS, **drop)
+def test_blocks_change_nothing(
+    method: str, given: dict[str, Any], length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # draws belong to blocks of the fixed length: here each chance decides by itself
+    monkeypatch.setattr(_kernels, "chosen", lambda _, chance, shape: (torch.as_tensor(chance) > 0.5).expand(shape))
+    drop: dict[str, Any] = {"drop": 0.0} if "drop" in settings.describe(method).settings else {}
+    experts = dict(list(EXPERTS.items())[: families.expert_count(method)])
+    whole = families.merge_weights(method, BASE, experts, **drop, **given)
     monkeypatch.setattr(blocks, "LENGTH", length)
-    parts = families.merge_weights(method, BASE, EXPERTS, **drop)
+    parts = families.merge_weights(method, BASE, experts, **drop, **given)
     for name in BASE:
-        torch.testing.assert_close(parts[name], whole[name], rtol=0, atol=1e-7)
-        torch.testing.assert_close(parts.task("t1")[name], whole.task("t1")[name], rtol=0, atol=1e-6)
+        torch.testing.assert_close(parts[name], whole[name], rtol=0, atol=1e-6 if whole.kept else 1e-7)
+        for task in experts:
+            torch.testing.assert_close(parts.task(task)[name], whole.task(task)[name], rtol=0, atol=1e-6)
+
+
+def test_blocks_of_rows_are_whole_bytes_of_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "LENGTH", 20)
+    found = list(blocks.cut({"w": (99, 9)}, ["w"], in_rows=True).values())
+    assert [block.shape for block in found] == [(8, 9)] * 12 + [(3, 9)]
+    assert [block.start for block in found] == list(range(0, 99 * 9, 72))
+
+
+def test_a_turned_weight_is_copied_once_for_all_of_its_blocks() -> None:
+    reader = blocks.BlockReader({"w": torch.arange(12.0).reshape(3, 4).T})
+    first, last = (reader.read(blocks.Block("w", *ends, (6,))) for ends in ((0, 6), (6, 12)))
+    assert [*first.tolist(), *last.tolist()] == [0, 4, 8, 1, 5, 9, 2, 6, 10, 3, 7, 11]
+    assert first.untyped_storage().data_ptr() == last.untyped_storage().data_ptr()
 
 
 def test_given_masks_are_cut_as_the_weights_are(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,7 +93,7 @@ def test_bad_numbers_in_a_block_name_the_weight(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("shape", ["noise", "sorted", "zeros", "equal"])
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.2, 0.5, 1.0])
 def test_the_sampled_order_statistic_is_exact(shape: str, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
-
+    monkeypatch.setattr(_kth, "_TOGETHER", 1)
     monkeypatch.setattr(_kth, "_SAMPLED", 64)
     noise = torch.randn(3, 4000, generator=torch.Generator().manual_seed(5))
     rows = {"noise": noise, "sorted": noise.sort().values, "zeros": noise.clamp(min=0), "equal": torch.ones(3, 4000)}[
@@ -119,13 +147,24 @@ def test_a_bound_that_very_many_entries_share_is_found_without_counting_bit_patt
     assert vectors.kth_magnitudes([[40_000, 1000]]) == [[0.0, float(np.sort(np.abs(rows[1]))[-1000])]]
 
 
-def test_samples_of_stored_weights_bracket_the_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("in_files", [False, True])
+def test_samples_of_stored_weights_bracket_the_threshold(
+    in_files: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     chance = torch.Generator().manual_seed(2)
     base = {"w": 5 * torch.randn(1 << 20, generator=chance)}
     rows = torch.randn(2, 1 << 20, generator=chance) * torch.linspace(0.1, 2, 1 << 20)  # no part is like another
     experts = {f"t{i}": {"w": base["w"] + row} for i, row in enumerate(rows)}
     monkeypatch.delattr(_kth, "reach")
-    merged = merge_weights("ties", base, experts, density=0.2)["w"] - base["w"]
+    models: dict[str, Any] = {"base": base, **experts}
+    if in_files:
+        for name, weights in models.items():
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "config.json").write_text("{}")
+            save_file(weights, tmp_path / name / "model.safetensors")
+        models = {name: open_checkpoint(tmp_path / name) for name in models}
+    given = {name: model for name, model in models.items() if name != "base"}
+    merged = merge_weights("ties", models["base"], given, density=0.2)["w"] - base["w"]
     assert 0.3 < float((merged != 0).float().mean()) < 0.4  # a fifth of each, at places of their own
 
 

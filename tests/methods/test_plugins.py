@@ -227,3 +227,34 @@ def test_loops_are_compiled_in_a_process_that_loaded_the_method_before_anything_
         "print(torch.allclose(compiled, plain, rtol=1e-6, atol=1e-6))\n"
     )
     assert out.strip() == "True"
+
+
+def test_a_method_may_keep_masks_of_what_it_was_lent_and_no_rescalers(folder: Path) -> None:
+    (folder / "first.py").write_text(
+        '"""Keep the first."""\nTITLE = "First"\nPAPER = "none"\nNEUTRAL = None\nEXTRA_BITS = 1\n'
+        "def merge(task_vectors):\n"
+        "    return task_vectors.each(lambda name, x: (x[0], x > 0))\n"
+    )
+    names = [f"w{i}" for i in range(4)]
+    base, expert = ({name: torch.full((2,), own) for name in names} for own in (0.0, 3.0))
+    merged = merge_weights("first", base, {"a": {name: x + i for i, (name, x) in enumerate(expert.items())}})
+    expected = {name: [3.0 + i] * 2 for i, name in enumerate(names)}
+    assert {name: x.tolist() for name, x in merged.items()} == expected
+    assert {name: x.tolist() for name, x in merged.task("a").items()} == expected
+    assert merged.kept["rescalers"] == {"a": 1.0}
+
+
+@pytest.mark.slow
+def test_a_full_disk_keeps_no_loop_from_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("resource")
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "full"))
+    out = run(
+        "import resource, signal\n"
+        "import numpy as np\n"
+        "from mergectl.methods import _fused\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"
+        "found = _fused.balance(np.ones((2, 10), np.float32), np.zeros(2, np.float32), np.ones(2, np.float32))\n"
+        "print(found)\n"
+    )
+    assert out.strip() == "10"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from mergectl import plugins, settings
+from mergectl import blocks, plugins, settings
 from mergectl.errors import UserError
 from mergectl.merging import Merged, MergeWarning, Recipe, merge_stream
 from mergectl.values import meant
@@ -191,11 +191,12 @@ def test_the_order_of_the_weights_does_not_matter(method: str) -> None:
 
 
 @each_method
-def test_the_number_of_threads_does_not_matter(method: str) -> None:
+def test_the_number_of_threads_does_not_matter(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "LENGTH", 1 << 12)
     generator = torch.Generator().manual_seed(3)
-    base = {"m.w": torch.randn(300, 400, generator=generator)}
+    base = {f"m.{i}": torch.randn(100, 150, generator=generator) for i in range(4)}
     experts = {
-        f"task{i}": {"m.w": base["m.w"] + 0.1 * torch.randn(300, 400, generator=generator)}
+        f"task{i}": {name: x + 0.1 * torch.randn(100, 150, generator=generator) for name, x in base.items()}
         for i in range(expert_count(method))
     }
     before = torch.get_num_threads()
@@ -232,12 +233,22 @@ def test_experts_all_equal_to_the_base_give_the_base(method: str) -> None:
 @each_method
 def test_empty_weights_and_integers_pass_through(method: str) -> None:
     base, experts = family(expert_count(method))
-    extra = {"m.nothing": torch.zeros(0, 4), "m.position_ids": torch.arange(5)}
+    nothing = {f"m.nothing{i}": torch.zeros(shape) for i, shape in enumerate([(0, 4), (0,), (3, 0)])}
+    extra = {**nothing, "m.position_ids": torch.arange(5)}
     base |= extra
     result = merge_weights(method, base, {task: {**weights, **extra} for task, weights in experts.items()})
     assert list(result) == list(base)
     assert torch.equal(result["m.position_ids"], torch.arange(5))
-    assert result["m.nothing"].shape == (0, 4)
+    assert all(result[name].shape == x.shape for name, x in nothing.items())
+
+
+@each_method
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn])
+def test_numbers_that_cannot_be_merged_are_refused(method: str, dtype: torch.dtype) -> None:
+    base, experts = family(expert_count(method))
+    experts["task0"]["m.layer.0.weight"] = experts["task0"]["m.layer.0.weight"].to(dtype)
+    with pytest.raises(UserError, match=r"'m\.layer\.0\.weight' is of the type (complex64|float8_e4m3fn)"):
+        merge_weights(method, base, experts)
 
 
 @each_method

@@ -22,7 +22,7 @@ from mergectl.tensorfiles import SafetensorsWriter
 
 Change: TypeAlias = "Callable[[torch.Tensor], torch.Tensor]"
 
-SIZES = st.sampled_from([1, _stored.STRETCH, _stored.STRETCH + 7])
+SIZES = st.sampled_from([1, _fused.STRETCH, _fused.STRETCH + 7])
 SEEDS = st.integers(0, 2**32 - 1)
 DTYPES = st.sampled_from([torch.bfloat16, torch.float32])
 

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch.func import functional_call
 
-from mergectl.methods import _adapting, _blend, _masked_ranks
+from mergectl.methods import _blend, _descent, _masked_ranks
 from mergectl.methods._spectral import Factors
 from mergectl.methods._task_vectors import TaskVectors
 from tests.perf.processes import watched
@@ -167,7 +167,7 @@ def ours(setting: Setting, how: str) -> Step:
         for n, x in origin.items()
     }
     blend = _blend.Blend(vectors, origin, parts, _blend.Rules(), [0.3] * count, setting.logits)
-    adam = _adapting.Adam(blend.numbers, 1e-3)
+    adam = _descent.Adam(blend.numbers, 1e-3)
     for name, x in dict(setting.model.named_parameters()).items():
         x.data = blend.weights[name].detach() if name in blend.weights else x.data
 
