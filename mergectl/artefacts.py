@@ -157,9 +157,11 @@ def sync(path: Path) -> None:
 
 
 def sync_all(folder: Path) -> None:
-    """Make a folder and all that is in it durable."""
-    for path in [p for p in folder.rglob("*") if p.is_file()] + [folder]:
+    """Make a folder and all that is in it durable, to be read by whom the folder is."""
+    for path in [p for p in folder.rglob("*") if p.is_file()]:
+        path.chmod(folder.stat().st_mode & 0o666)  # safetensors makes files for their owner alone
         sync(path)
+    sync(folder)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from mergectl.headers import FLOATING
 from mergectl.naming import common_names
 from mergectl.prefixes import DISTILLED, headed_prefix_of, prefixes, within_modules
 from mergectl.reheading import HeadedModel
-from mergectl.tied import head_notes, repeated
+from mergectl.tied import HEAD, head_notes, repeated
 from mergectl.views import TOKENS, Grown, Renamed, grown
 from mergectl.vocabulary import Vocabulary, as_told
 
@@ -73,7 +73,7 @@ def line_up(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> Population:
     notes += [f"'{n}' of the base repeats '{of}' and goes on to, as it is merged." for n, of in tied.items()]
     if hidden:
         notes.append("The text tower makes the heads of a CLIP model. No expert changes it: kept from the base.")
-    notes += [*_distilled_notes(heads), *head_notes(base, own_heads), *_layer_notes(own_heads, views)]
+    notes += [*_distilled_notes(heads), *head_notes(base, own_heads), *_body_notes(own_heads, views, experts)]
     if lone := [n for n in carried if n not in shared.values() and n not in tied and n not in hidden]:
         notes.append(f"No expert has {_some(lone)}: kept from the base.")
     tied |= {shared[name]: of for name, of in twice.items()}
@@ -245,9 +245,14 @@ def _distilled_notes(heads: Mapping[str, Sequence[str]]) -> Iterator[str]:
             yield f"'{task}' holds projections of its distillation, {_some(odd)}: left out."
 
 
-def _layer_notes(heads: Mapping[str, Sequence[str]], views: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
+def _body_notes(
+    heads: Mapping[str, Sequence[str]], views: Mapping[str, Mapping[str, str]], experts: Mapping[str, Checkpoint]
+) -> Iterator[str]:
+    """Say whose weights are no part of the result, though they belong to no task's head."""
     for task, names in heads.items():
-        if odd := within_modules(names, views[task].values()):
+        others = [name for name in names if not HEAD.search(name)]  # of these head_notes speaks
+        headed = experts[task].config.get("architectures") is None or headed_prefix(experts[task])
+        if odd := within_modules(names, views[task].values()) if headed else others:
             yield f"The base has no {_some(odd)}, so '{task}' has them merged with none: kept in tasks/{task} alone."
 
 

@@ -60,6 +60,9 @@ class Slice:
         return None if layers is None else layers[1] - layers[0]
 
 
+FLAGS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
+
 @dataclass(frozen=True)
 class MergekitFile:
     """A recipe as written: its slices in order, its parameters at the top, and what the result is to be."""
@@ -78,7 +81,8 @@ class MergekitFile:
     def method(self) -> Method:
         """What the method is here; it depends on one parameter."""
         levels = [self.parameters, *(part.parameters for part in self.slices)]
-        return RESCALED_TIES if self.name == "ties" and any(x.get("rescale") for x in levels) else METHODS[self.name]
+        rescaled = self.name == "ties" and any(flag(x.get("rescale")) is not False for x in levels if "rescale" in x)
+        return RESCALED_TIES if rescaled else METHODS[self.name]
 
     @property
     def levels(self) -> Iterator[tuple[Mapping[str, Any], Place, bool]]:
@@ -211,7 +215,8 @@ def _check_keys(found: Mapping[str, Any], place: Place, known: Sequence[str], fa
 
 def _mapping(value: Any, place: Place, fail: Fail) -> Mapping[str, Any]:
     if value is not None and not isinstance(value, Mapping):
-        raise fail(place, f"'{place[-1]}' must be a mapping of keys to values, got {value!r}.")
+        what = place[-1] if isinstance(place[-1], str) else f"{place[-2]}, entry {int(place[-1]) + 1}"
+        raise fail(place, f"'{what}' must be a mapping of keys to values, got {value!r}.")
     return value or {}
 
 
@@ -252,7 +257,8 @@ def _check_parameters(file: MergekitFile, level: Mapping[str, Any], place: Place
         if by_model and not known[key].by_model:
             raise file.error(spot, f"'{key}' holds for the whole merge: move it to the parameters at the top.")
         _check_value(file, spot, known[key], value)
-        if known[key].idle and value not in (1, False) and key not in ("int8_mask", "eps"):
+        plain = flag(value) if known[key].kind == "flag" else value
+        if known[key].idle and plain not in (1, False) and key not in ("int8_mask", "eps"):
             warnings.warn(f"{file.path}: '{key}' changes nothing in {file.name}.", MergeWarning, stacklevel=2)
 
 
@@ -265,14 +271,21 @@ def _check_value(file: MergekitFile, place: Place, parameter: Parameter, value: 
             raise file.error(place, f"a condition of '{key}' needs a value.")
         _check_value(file, (*place, "value"), parameter, value["value"])
     elif isinstance(value, list):
-        if not value or len({isinstance(part, Mapping) for part in value}) > 1:
+        if not value or len({isinstance(part, Mapping) for part in value}) > 1 or list in map(type, value):
             raise file.error(place, f"'{key}' must be a value, a list of numbers, or a list of filters with values.")
         for number, part in enumerate(value):
             _check_value(file, (*place, number), parameter, part)
-    elif parameter.kind == "flag" and not isinstance(value, bool):
+    elif parameter.kind == "flag" and flag(value) is None:
         raise file.error(place, f"{key} must be true or false, got {value!r}.")
     elif parameter.kind == "number":
         _check_number(file, place, parameter, key, value)
+
+
+def flag(value: Any) -> bool | None:
+    """Return what mergekit takes for true or false: YAML's words of both versions, 1 and 0; else None."""
+    if isinstance(value, bool | int | float):
+        return bool(value) if value in (0, 1) else None
+    return FLAGS.get(value.lower()) if isinstance(value, str) else None
 
 
 def _check_number(file: MergekitFile, place: Place, parameter: Parameter, key: str, value: Any) -> None:

@@ -12,7 +12,7 @@ from mergectl.checkpoints import open_checkpoint
 from mergectl.errors import UserError
 from mergectl.layers import the_stack
 from mergectl.merge import MergeJob
-from mergectl.mergekit import MergekitFile, Source, read
+from mergectl.mergekit import MergekitFile, Source, flag, read
 from mergectl.mergekit_slices import Course, Row, models_of, rows_of
 from mergectl.plan import check_experts, recipe_of
 from mergectl.refs import Ref
@@ -53,7 +53,7 @@ class Here:
         for level in (source.parameters if source else {}, self.row.part.parameters, self.file.parameters):
             value = gradients.evaluate(level[name], weight, self.depth) if name in level else None
             if value is not None:
-                return value
+                return flag(value) if self.file.method.parameters[name].kind == "flag" else value
         default = self.file.method.parameters[name].default
         if default is None:
             who = f"'{source.ref}' has no" if source else f"{self.file.name} needs the parameter"

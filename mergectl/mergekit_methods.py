@@ -128,7 +128,7 @@ def _normalized(weights: tuple[float, ...]) -> tuple[float, ...]:
     return tuple(weight / whole for weight in weights)
 
 
-WEIGHT = {"weight": Parameter(by_model=True)}
+WEIGHT = {"weight": Parameter(low=-1e4, high=1e4, by_model=True)}
 FLAG, IDLE_FLAG = Parameter("flag", False), Parameter("flag", False, idle=True)
 SHARE = Parameter("number", 1.0, 0.0, 1.0, by_model=True)
 

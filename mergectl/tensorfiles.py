@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -158,7 +159,14 @@ def write_all(handle: int, data: bytes | memoryview, offset: int) -> None:
 
 def _allocate(handle: int, size: int) -> None:
     """Give an open file its size: with its room on the disk, if the system can, which makes writing faster."""
-    os.ftruncate(handle, size)
+    try:
+        os.ftruncate(handle, size)
+    except OSError as error:
+        if error.errno != errno.EFBIG:
+            raise
+        raise WorkError(
+            f"No file of {size} bytes may be written here (ulimit -f?). Try a smaller --shard-size."
+        ) from error
     try:
         os.posix_fallocate(handle, 0, size)
     except AttributeError:  # the system knows no such thing

@@ -48,7 +48,7 @@ def merge(
     *,
     combine: Annotated[str, OneOf(COMBINE), "what is taken over the experts, element by element"] = "mean",
     on: Annotated[str, OneOf(["weights", "deltas"]), "average the weights themselves or the task vectors"] = "weights",
-    weight: Annotated[PerTask, Between(-10.0, 10.0), "weight of each expert in the mean"] = 1.0,
+    weight: Annotated[PerTask, Between(-1e4, 1e4), "weight of each expert in the mean"] = 1.0,
     normalize: Annotated[bool, "divide by the sum of the weights"] = True,
 ) -> Merged:
     """Yield for each weight the experts' mean, lower median or largest entry."""

@@ -41,7 +41,7 @@ def merge(
     task_vectors: TaskVectors | None = None,
     base: Weights | None = None,
     *,
-    weight: Annotated[PerTask, Between(-10.0, 10.0), "weight of each expert"] = 1.0,
+    weight: Annotated[PerTask, Between(-1e4, 1e4), "weight of each expert"] = 1.0,
     normalize: Annotated[bool, "divide the weights by their sum"] = True,
     on: Annotated[str, OneOf(["weights", "deltas"]), "directions of the weights or of the task vectors"] = "weights",
 ) -> Merged:

@@ -38,7 +38,7 @@ def merge(
     task_vectors: TaskVectors | None = None,
     base: Weights | None = None,
     *,
-    weight: Annotated[PerTask, Between(-10.0, 10.0), "weight of each expert"] = 1.0,
+    weight: Annotated[PerTask, Between(-1e4, 1e4), "weight of each expert"] = 1.0,
     along: Annotated[str, OneOf(["tensor", "last", "first"]), "what turns: a weight, or vectors of a dimension"] = (
         "tensor"
     ),

@@ -136,7 +136,7 @@ def merge(
     zero_sign: Annotated[str, OneOf(["majority", "zero", "plus"]), "what a drawn election gives"] = "majority",
     round_up: Annotated[bool, "scope model: keep ceil(dK) + 1 entries, not floor(dK) + 1"] = False,
     compat: Annotated[bool, "trim energy: also keep the last coordinate, as the original code does"] = False,
-    weight: Annotated[PerTask, Between(-10.0, 10.0), "of each task, before the election"] = 1.0,
+    weight: Annotated[PerTask, Between(-1e4, 1e4), "of each task, before the election"] = 1.0,
     exact: Annotated[bool, "trim topk: keep floor(dK) entries, at least one, and what equals the last"] = False,
 ) -> Merged:
     """Yield for each weight what the trimmed task vectors agree on; given signs are used instead of electing."""

@@ -66,7 +66,7 @@ def save(text: str) -> Path:
 
 def run(cli: Cli, text: str) -> Weights:
     save(text)
-    assert cli("merge", "-c", "recipe.yml", "-o", "out") == 0
+    assert cli("merge", "-c", "recipe.yml", "-o", "out", "--force") == 0
     return dict(load_file("out/model.safetensors"))
 
 
@@ -94,6 +94,19 @@ def test_linear_is_the_weighted_mean(cli: Cli, here: Path) -> None:
     chat, code = weights("chat"), weights("code")
     assert {x.dtype for x in got.values()} == {torch.float16}
     assert_weights(got, {name: 0.25 * chat[name] + 0.75 * code[name] for name in chat}, atol=5e-4)
+
+
+@pytest.mark.parametrize("word", ["false", "no", "Off", "0", "0.0"])
+def test_flags_are_written_in_many_ways(word: str, cli: Cli, here: Path) -> None:
+    got = run(cli, f"{LINEAR}parameters: {{normalize: {word}}}\n")
+    chat, code = weights("chat"), weights("code")
+    assert_weights(got, {name: 0.3 * chat[name] + 0.9 * code[name] for name in chat}, atol=2e-3)
+
+
+def test_weights_may_be_percentages(cli: Cli, here: Path) -> None:
+    assert_weights(
+        run(cli, LINEAR.replace("0.3", "25").replace("0.9", "75.0")), run(cli, f"{LINEAR}out_dtype: float16")
+    )
 
 
 SLERP = """
@@ -331,7 +344,12 @@ WRONG = {
     f"merge_method: linear\n{MODELS}parameters:\n  normalise: true\n": (
         "line 8: unknown parameter 'normalise' in linear. Did you mean 'normalize'?"
     ),
-    f"merge_method: linear\n{MODELS}parameters:\n  normalize: 1\n": "line 8: normalize must be true or false, got 1.",
+    f"merge_method: linear\n{MODELS}parameters:\n  normalize: 2\n": "line 8: normalize must be true or false, got 2.",
+    f"merge_method: linear\n{MODELS}parameters:\n  normalize: ja\n": "line 8: normalize must be true or false, got 'ja'",
+    "merge_method: linear\nmodels:\n  - model: a\n    parameters: {weight: [[0, 1], [1]]}\n  - model: c\n": (
+        "line 4: 'weight' must be a value, a list of numbers"
+    ),
+    "merge_method: linear\nmodels: [a, c]\n": "line 2: 'models, entry 1' must be a mapping of keys to values, got 'a'.",
     "merge_method: ties\nbase_model: b\nmodels:\n  - model: a\n    parameters:\n      weight: 1\n      density: 53\n": (
         "line 7: density must lie between 0 and 1, got 53. It is a share, not a percentage."
     ),
