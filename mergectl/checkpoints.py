@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from mergectl import open_clip, pins
+from mergectl import open_clip, peeking, pins
 from mergectl.adapters import AdapterCheckpoint
 from mergectl.errors import UserError
 from mergectl.jsonfiles import read_json
@@ -72,6 +72,8 @@ def download(ref: str) -> Path:
     if not sys.stderr.isatty():
         disable_progress_bars()
     try:
+        if (peeked := peeking.look(repo, revision, HUB_FILES[1:], NOT_FETCHED)) is not None:
+            return peeked
         fetch = functools.partial(snapshot_download, repo, revision=revision, ignore_patterns=NOT_FETCHED)
         folder = Path(fetch(allow_patterns=HUB_FILES))
         if not any(folder.rglob("*.safetensors")):

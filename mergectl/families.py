@@ -16,6 +16,7 @@ from mergectl.checkpoints import Checkpoint, open_checkpoint
 from mergectl.errors import UserError
 from mergectl.lineup import Population, headed_prefix, line_up
 from mergectl.open_clip import VisionTower
+from mergectl.peeking import peeking
 from mergectl.refs import Ref
 from mergectl.reheading import HeadedModel
 from mergectl.stacking import CutTokens, Stacked
@@ -94,15 +95,18 @@ def open_family(
     experts: Sequence[tuple[str | None, Ref]],
     find_run: Callable[[str], Path | None] | None = None,
 ) -> Family:
-    """Open a base and its experts and line them up; headers are read, weights are not."""
+    """Open a base and its experts and line them up; headers are read, weights are not.
+
+    Models on the hub are lined up by their headers alone, before they are fetched.
+    """
     if not experts:
         raise UserError("Name the models to merge: --experts MODEL MODEL ...")
-    opened = [(task, open_checkpoint(ref, find_run)) for task, ref in experts]
-    ids = [task or expert.task or expert.label for task, expert in opened]
-    shorts = short_names([_told_apart(task, ids, expert) for task, (_, expert) in zip(ids, opened, strict=True)])
-    by_task = {short: expert for short, (_, expert) in zip(shorts, opened, strict=True)}
-    base_ref = base_ref or _own_base(by_task)
-    base = open_checkpoint(base_ref, find_run) if base_ref else opened[0][1]
+    with peeking() as peeked:
+        base, by_task, ids, has_base = opened(base_ref, experts, find_run)
+        if peeked:
+            line_up(base, by_task)
+    if peeked:
+        base, by_task, ids, has_base = opened(base_ref, experts, find_run)
     with _digesting([base, *by_task.values()]):
         population = line_up(base, by_task)
     stacked = {note: None for model in (base, *by_task.values()) for note in _made_of(model)}
@@ -110,14 +114,24 @@ def open_family(
     population = replace(population, notes=(*stacked, *fused, *population.notes))
     known = {
         short: task if "/" in task else expert.task or task
-        for short, task, (_, expert) in zip(shorts, ids, opened, strict=True)
+        for task, (short, expert) in zip(ids, by_task.items(), strict=True)
     }
     alone = {} if any(base is expert for expert in by_task.values()) else {"the base": base}
     mixed = other_tokens(alone | {f"'{short}'": expert for short, expert in by_task.items()})
     population = replace(population, notes=(*population.notes, *_shared_heads(known, population), *mixed))
-    return Family(
-        base, by_task, known, population, base_ref is not None, _inputs(base if base_ref else None, by_task, known)
-    )
+    return Family(base, by_task, known, population, has_base, _inputs(base if has_base else None, by_task, known))
+
+
+def opened(
+    base_ref: Ref | None, experts: Sequence[tuple[str | None, Ref]], find_run: Callable[[str], Path | None] | None
+) -> tuple[Checkpoint, dict[str, Checkpoint], list[str], bool]:
+    """Open a base, the experts by short name, with their tasks' ids; without a base the first expert stands for it."""
+    found = [(task, open_checkpoint(ref, find_run)) for task, ref in experts]
+    ids = [task or expert.task or expert.label for task, expert in found]
+    shorts = short_names([_told_apart(task, ids, expert) for task, (_, expert) in zip(ids, found, strict=True)])
+    by_task = {short: expert for short, (_, expert) in zip(shorts, found, strict=True)}
+    base_ref = base_ref or _own_base(by_task)
+    return (open_checkpoint(base_ref, find_run) if base_ref else found[0][1]), by_task, ids, bool(base_ref)
 
 
 @contextlib.contextmanager

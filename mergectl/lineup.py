@@ -14,7 +14,7 @@ from mergectl.checkpoints import Checkpoint
 from mergectl.errors import UserError
 from mergectl.headers import FLOATING
 from mergectl.naming import common_names
-from mergectl.prefixes import DISTILLED, headed_prefix_of, prefixes, within_modules
+from mergectl.prefixes import DISTILLED, LAYER, headed_prefix_of, prefixes, within_modules
 from mergectl.reheading import HeadedModel
 from mergectl.tied import HEAD, head_notes, repeated
 from mergectl.views import TOKENS, Grown, Renamed, grown
@@ -307,6 +307,12 @@ def _pair(base: Checkpoint, strip: str, expert: Checkpoint, hidden: Hidden) -> t
     repeated = {_shape_of_name(own) for own in common.values()} | {_shape_of_name(name) for name in common}
     for more, less, names in ((base, expert, [n for n in backbone if n not in common]), (expert, base, head)):
         if extra := next((n for n in names if "#" in _shape_of_name(n) and _shape_of_name(n) in repeated), None):
+            layer = LAYER.match(extra)
+            if layer is not None and any(layer[0] in name for name in less.names):
+                raise UserError(
+                    f"{less.ref} has no '{extra}', as {more.ref} has, though other weights of that layer: "
+                    "its files are not whole, or it is no fine-tuned copy."
+                )
             raise UserError(
                 f"{more.ref} has '{extra}', which {less.ref} has in its other layers only. "
                 "Experts must be fine-tuned copies of the base. Those of another depth need a map: --layer-map prefix"

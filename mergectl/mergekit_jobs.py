@@ -14,6 +14,7 @@ from mergectl.layers import the_stack
 from mergectl.merge import MergeJob
 from mergectl.mergekit import MergekitFile, Source, flag, read
 from mergectl.mergekit_slices import Course, Row, models_of, rows_of
+from mergectl.peeking import peeking
 from mergectl.plan import check_experts, recipe_of
 from mergectl.refs import Ref
 from mergectl.settings import describe
@@ -75,10 +76,11 @@ def job_of(path: Path, seed: int, find_run: FindRun | None = None) -> MergeJob:
             recipe_of(info.name, recipe, (), seed)
         except UserError as error:
             raise file.error(row.part.place, str(error)) from error
-    base, experts = models_of(file, rows, _counts(file, rows, find_run))
-    base, experts = _with_tokens(file, base, experts, find_run)
-    if not file.whole or any(gradients.is_varied(value) for level, *_ in file.levels for value in level.values()):
-        recipe = _settings(file, rows, _weights(base, experts, find_run))
+    with peeking():
+        base, experts = models_of(file, rows, _counts(file, rows, find_run))
+        base, experts = _with_tokens(file, base, experts, find_run)
+        if not file.whole or any(gradients.is_varied(value) for level, *_ in file.levels for value in level.values()):
+            recipe = _settings(file, rows, _weights(base, experts, find_run))
     return MergeJob(recipe_of(info.name, recipe, (), seed), experts, base, file.dtype)
 
 
@@ -145,6 +147,7 @@ def _settings(file: MergekitFile, rows: Sequence[Row], names: Sequence[str]) -> 
 
 def _weights(base: Ref | None, experts: Sequence[tuple[str, Ref]], find_run: FindRun | None) -> list[str]:
     """Return the names of the weights that are merged."""
-    from mergectl.families import open_family
+    from mergectl.families import line_up, opened
 
-    return list(open_family(base, experts, find_run).population.base)
+    found, by_task, *_ = opened(base, experts, find_run)
+    return list(line_up(found, by_task).base)

@@ -129,7 +129,17 @@ class Stacked(Checkpoint):
     def note(self) -> str:
         """What a person should know of it."""
         lenders = " and ".join(dict.fromkeys([self.stack.front, self.stack.back]))
-        return f"Made of layers, {self.ref}; the rest is that of {lenders}."
+        return " ".join([f"Made of layers, {self.ref}; the rest is that of {lenders}.", *self._lacking()])
+
+    def _lacking(self) -> Iterator[str]:
+        """Say which layers lack a few weights that others of their model have; layers of another kind lack many."""
+        for ref, model in self.models.items():
+            numbered, used = self._numbered[ref], {layer for own, layer in self.stack.layers if own == ref}
+            endings = [{ending for _, ending in _of_layer(model, numbered, n)} for n in range(numbered.count)]
+            for layer in sorted(used):
+                lost = sorted(set().union(*endings) - endings[layer])
+                if lost and 4 * len(lost) <= len(endings[layer]):
+                    yield f"Layer {layer} of {ref} has no '{lost[0]}', which its other layers have."
 
 
 class CutTokens(Derived):

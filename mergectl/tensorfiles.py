@@ -66,7 +66,7 @@ class SafetensorsWriter:
         try:
             write_all(self._file.fileno(), len(text).to_bytes(8, "little") + text, 0)
             _allocate(self._file.fileno(), body + end)
-        except OSError:
+        except (OSError, WorkError):
             self._file.close()
             raise
 

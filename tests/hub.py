@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,7 +15,10 @@ import pytest
 
 
 class Hub:
-    """Repositories as lists of commits, each a folder; the last is the present one. `asked` lists all requests."""
+    """Repositories as lists of commits, each a folder; the last is the present one.
+
+    `asked` lists all requests, `given` the files that were given whole.
+    """
 
     def __init__(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         from huggingface_hub import constants
@@ -22,6 +26,7 @@ class Hub:
         self.repos: dict[str, list[tuple[str, Path]]] = {}
         self.branches: dict[str, str] = {}  # a branch and the commit that it is at
         self.asked: list[str] = []
+        self.given: list[str] = []
         hub = self
 
         class Answers(BaseHTTPRequestHandler):
@@ -101,7 +106,16 @@ class Hub:
         if not file.is_file():
             self._refuse(request, "EntryNotFound")
             return
-        self._send(request, 200, file.read_bytes(), {"X-Repo-Commit": found[0], "ETag": f'"{_etag(file)}"'})
+        body, headers = file.read_bytes(), {"X-Repo-Commit": found[0], "ETag": f'"{_etag(file)}"'}
+        if asked := re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers.get("range") or ""):
+            first, last = (int(end) for end in asked.groups())
+            part = body[first : last + 1]
+            given = {"Content-Range": f"bytes {first}-{first + len(part) - 1}/{len(body)}"}
+            self._send(request, 206, part, headers | given)
+            return
+        if request.command == "GET":
+            self.given.append(inner)
+        self._send(request, 200, body, headers)
 
     def _refuse(self, request: BaseHTTPRequestHandler, code: str) -> None:
         self._send(request, 404, b"{}", {"X-Error-Code": code})

@@ -71,7 +71,7 @@ LAYERS = (
     ("adapters", "stacking", "open_clip"),
     ("tensorfiles", "reheading", "calibration_cache"),
     ("weights", "artefacts", "bits", "blocks", "ownership"),
-    ("factors",),
+    ("factors", "peeking"),
     (
         "calibration_options",
         "calibration_gradients",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from mergectl.layers import is_front, restacked, stacks
 from mergectl.models import quiet
 from mergectl.refs import Stack, ref_of
 from tests.conftest import Cli
+from tests.population import change
 
 Weights = dict[str, torch.Tensor]
 LAYERS = 4
@@ -419,3 +421,57 @@ def test_norms_and_heads_come_after_the_layers(name: str) -> None:
 def test_a_short_numbered_list_is_no_stack_of_layers() -> None:
     names = [f"h.{n}.{part}" for n in range(3) for part in "abcd"]
     assert stacks([*names, "head.0.weight", "head.1.weight"]) == {"h.": 3}
+
+
+def without(source: Path, target: Path, name: str) -> Path:
+    """Copy a model, but for one weight."""
+    return change(source, target, lambda found: {own: x for own, x in found.items() if own != name})
+
+
+def test_a_layer_that_lacks_what_others_of_its_model_have_is_told(
+    cli: Cli, here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without(here / "a", tmp_path / "lame", "model.layers.1.mlp.up_proj.weight")
+    text = f"merge_method: passthrough\nslices:\n  - sources: [{{model: {tmp_path}/lame, layer_range: [0, 2]}}]\n"
+    run(cli, f"{text}  - sources: [{{model: models/b, layer_range: [0, 1]}}]\n", "told")
+    told = "Layer 1 of {}/lame has no 'mlp.up_proj.weight', which its other layers have."
+    assert told.format(tmp_path) in capsys.readouterr().err.replace("\n", " ")
+    assert "has no 'mlp.up_proj.weight'" in Path("told/README.md").read_text()
+
+
+@pytest.mark.parametrize("base", [True, False])
+def test_weights_that_only_experts_have_are_told(
+    base: bool, cli: Cli, here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = {"vision_tower.layers.0.q.weight": torch.ones(2, 2), "projector.weight": torch.ones(2)}
+    for name in "bc":
+        change(here / name, tmp_path / name, lambda found: found | more)
+    experts = [tmp_path / "b", tmp_path / "c"] if base else [here / "a", tmp_path / "b", tmp_path / "c"]
+    given = ["--base", here / "a"] if base else []
+    assert cli("merge", "average", *given, "--experts", *experts, "-o", "seen") == 0
+    told = " ".join(capsys.readouterr().err.split())
+    for name in "bc":
+        assert "The base has no 'vision_tower.layers.0.q.weight', 'projector.weight'" in told or (
+            "The base has no 'projector.weight', 'vision_tower.layers.0.q.weight'" in told
+        )
+        assert f"'{name}' has them merged with none: kept in tasks/{name} alone." in told
+        assert set(load_file(f"seen/tasks/{name}/head.safetensors")) == set(more)
+        assert Path(f"seen/tasks/{name}/head.safetensors").stat().st_mode & 0o777 == 0o666 & ~_umask()
+    assert "vision_tower" in Path("seen/README.md").read_text()
+
+
+def _umask() -> int:
+    Path("plain").touch()
+    return 0o666 & ~Path("plain").stat().st_mode
+
+
+def test_a_limit_on_the_size_of_files_is_told(
+    cli: Cli, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def limited(handle: int, size: int) -> None:
+        raise OSError(errno.EFBIG, "File too large")
+
+    monkeypatch.setattr("os.ftruncate", limited)
+    assert cli("merge", "average", "--experts", here / "a", here / "b", "-o", "big") == 1
+    assert "Try a smaller --shard-size" in capsys.readouterr().err
+    assert not Path("big").exists()
