@@ -73,7 +73,7 @@ def _compare(lab: Lab, job: MergeJob, family: Family, folder: Path, record: Mapp
     with artefacts.beside(folder) as work:
         made = work / "model"
         supplies = supplies_of(lab, family, job.recipe, job.options)
-        with lab.terminal.progress(f"Merging {len(family.experts)} experts by {job.recipe.method} again") as progress:
+        with lab.terminal.progress(f"Merging {family.counted} by {job.recipe.method} again") as progress:
             how: dict[str, Any] = {"progress": progress, "device": device, "supplies": supplies}
             merge(job, family, made, facts={"versions": versions()}, force=False, **how)
         return difference(folder, made, record)

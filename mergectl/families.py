@@ -66,6 +66,11 @@ class Family:
     inputs: tuple[dict[str, Any], ...] = field(default=())
 
     @property
+    def counted(self) -> str:
+        """How many experts there are, for a sentence."""
+        return f"{len(self.experts)} expert{'s' * (len(self.experts) != 1)}"
+
+    @property
     def answering(self) -> dict[str, str]:
         """Task id -> the expert whose head answers it: of several experts for one task, the first by name."""
         return _answering(self.task_ids)

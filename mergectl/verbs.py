@@ -67,7 +67,7 @@ def merge_models(
         run.note("given", given)
         supplies = supplies_of(lab, family, recipe, {**job.options, "watched": run.config_digest})
         record_calibration(run, supplies)
-        with lab.terminal.progress(f"Merging {len(family.experts)} experts by {recipe.method}") as progress:
+        with lab.terminal.progress(f"Merging {family.counted} by {recipe.method}") as progress:
             facts = {
                 "run": run.id,
                 "versions": versions(),

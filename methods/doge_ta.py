@@ -55,6 +55,7 @@ def merge(
     """Yield for each decomposed weight the sum of largest entries with the change; nothing for others."""
     names = _spectral.decomposed(decompose, linears, task_vectors)
     merged = task_vectors.only(names)
+    # one more than the share, as the published program keeps them
     floors = merged.kth_magnitude([int(density * merged.numel) + 1] * len(task_vectors.tasks))
     remembered = remember or _spectral.plainly
 
