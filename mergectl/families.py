@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from mergectl.adapters import AdapterCheckpoint
 from mergectl.checkpoints import Checkpoint, open_checkpoint
@@ -23,6 +23,8 @@ from mergectl.stacking import CutTokens, Stacked
 from mergectl.vocabulary import other_tokens
 
 __all__ = ["Family", "Population", "headed_prefix", "line_up", "named", "open_family", "short_names"]
+
+Suits: TypeAlias = Callable[[Sequence[str], Sequence[str]], object]  # told the experts' and the weights' names
 
 LONGEST = 200  # bytes of a name: file systems take 255, and names are added to
 
@@ -99,21 +101,22 @@ def open_family(
     base_ref: Ref | None,
     experts: Sequence[tuple[str | None, Ref]],
     find_run: Callable[[str], Path | None] | None = None,
+    suits: Suits | None = None,
 ) -> Family:
     """Open a base and its experts and line them up; headers are read, weights are not.
 
-    Models on the hub are lined up by their headers alone, before they are fetched.
+    Models on the hub are lined up by their headers alone, before they are fetched. `suits` may refuse the models.
     """
     if not experts:
         raise UserError("Name the models to merge: --experts MODEL MODEL ...")
     with peeking() as peeked:
         base, by_task, ids, has_base = opened(base_ref, experts, find_run)
         if peeked:
-            line_up(base, by_task)
+            _lined_up(base, by_task, suits)
     if peeked:
         base, by_task, ids, has_base = opened(base_ref, experts, find_run)
     with _digesting([base, *by_task.values()]):
-        population = line_up(base, by_task)
+        population = _lined_up(base, by_task, suits)
     stacked = {note: None for model in (base, *by_task.values()) for note in _made_of(model)}
     fused = [model.note() for model in (base, *by_task.values()) if isinstance(model, VisionTower) and model.fused]
     population = replace(population, notes=(*stacked, *fused, *population.notes))
@@ -125,6 +128,13 @@ def open_family(
     mixed = other_tokens(alone | {f"'{short}'": expert for short, expert in by_task.items()})
     population = replace(population, notes=(*population.notes, *_shared_heads(known, population), *mixed))
     return Family(base, by_task, known, population, has_base, _inputs(base if has_base else None, by_task, known))
+
+
+def _lined_up(base: Checkpoint, experts: Mapping[str, Checkpoint], suits: Suits | None) -> Population:
+    population = line_up(base, experts)
+    if suits is not None:
+        suits(list(experts), list(population.base))
+    return population
 
 
 def opened(

@@ -58,8 +58,7 @@ def steps_of(recipe: Recipe, tasks: Sequence[str]) -> list[Step]:
 
 def groups(steps: Sequence[Step], names: Sequence[str]) -> list[tuple[list[str], list[Step]]]:
     """Group weights by the settings their names select; each group is then merged as a model of its own."""
-    for step in steps:
-        _check_patterns(step, names)
+    _check_patterns(steps, names)
     found: dict[str, tuple[list[str], list[Step]]] = {}
     for name in names:
         own = [Step(step.name, {key: select(value, name) for key, value in step.settings.items()}) for step in steps]
@@ -67,16 +66,21 @@ def groups(steps: Sequence[Step], names: Sequence[str]) -> list[tuple[list[str],
     return list(found.values())
 
 
-def _check_patterns(step: Step, names: Sequence[str]) -> None:
+def check_models(recipe: Recipe, tasks: Sequence[str], names: Sequence[str]) -> None:
+    """Refuse settings of tasks, or of weights by their names, that the models do not have."""
+    _check_patterns(steps_of(recipe, tasks), names)
+
+
+def _check_patterns(steps: Sequence[Step], names: Sequence[str]) -> None:
     """Refuse a pattern that no weight's name fits: its value would be passed over in silence."""
-    for key, value in step.settings.items():
-        for pattern in value if isinstance(value, Mapping) else ():
-            if pattern != "*" and not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-                rule = "" if settings.settings_of(step.name)[key].per_task else f", and {key} cannot differ per task"
-                raise UserError(
-                    f"No weight is called '{pattern}', for which {key} of {step.name} was given. "
-                    f"Write a pattern of weight names such as '*.attention.*'{rule}."
-                )
+    given = ((step, key, value) for step in steps for key, value in step.settings.items())
+    for step, key, pattern in ((s, k, part) for s, k, value in given if isinstance(value, Mapping) for part in value):
+        if pattern != "*" and not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            rule = "" if settings.settings_of(step.name)[key].per_task else f", and {key} cannot differ per task"
+            raise UserError(
+                f"No weight is called '{pattern}', for which {key} of {step.name} was given. "
+                f"Write a pattern of weight names such as '*.attention.*'{rule}."
+            )
 
 
 def select(value: Any, name: str) -> Any:

@@ -15,7 +15,7 @@ from mergectl.families import Family, open_family
 from mergectl.judging import Judge, Measured
 from mergectl.lab import Lab
 from mergectl.merge import MergeJob
-from mergectl.plan import Recipe, check_base, steps_of
+from mergectl.plan import Recipe, check_base, check_models, steps_of
 from mergectl.preprocess import check_inputs
 from mergectl.range_ends import check_ends
 from mergectl.refs import Ref, Stack, ref_of
@@ -154,16 +154,13 @@ def prepare(lab: Lab, job: SearchJob) -> Prepared:
         )
     info = describe(job.merge.recipe.method)
     check_words(lab, job.merge)
-    family = open_family(job.merge.base, job.merge.experts, lab.find_run)
+    family = open_family(job.merge.base, job.merge.experts, lab.find_run, functools.partial(_dimensions, job))
     recipe = _standing(job).recipe
+    dimensions = _dimensions(job, list(family.experts), list(family.population.base))
     check_base(info.name, steps_of(recipe, list(family.experts)), family.has_base)
     options = settled_options(recipe, family, job.merge.options)
     job = replace(job, merge=replace(job.merge, options=options))
     fixed = dict(job.merge.recipe.settings)
-    dimensions = space(
-        info.settings, list(family.experts), ranges=job.ranges, fixed=fixed, per_task=job.per_task,
-        per_layer=_layered(job.per_layer, info), names=list(family.population.base),
-    )  # fmt: skip
     check_ends(info, dimensions, recipe.settings, list(family.experts))
     tasks = lab.tasks(job.words or list(dict.fromkeys(family.task_ids[task] for task in family.experts)))
     check_split(tasks, job.split)
@@ -175,6 +172,16 @@ def prepare(lab: Lab, job: SearchJob) -> Prepared:
     )  # fmt: skip
     check_plan(plan)
     return Prepared(lab, job, family, tasks, plan)
+
+
+def _dimensions(job: SearchJob, tasks: Sequence[str], names: Sequence[str]) -> list[Dimension]:
+    """Return what is searched; refuse tasks and weights that the models do not have."""
+    recipe, info = _standing(job).recipe, describe(job.merge.recipe.method)
+    check_models(recipe, tasks, names)
+    return space(
+        info.settings, tasks, ranges=job.ranges, fixed=job.merge.recipe.settings, per_task=job.per_task,
+        per_layer=_layered(job.per_layer, info), names=names,
+    )  # fmt: skip
 
 
 def _standing(job: SearchJob) -> MergeJob:

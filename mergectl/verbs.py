@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -43,12 +44,12 @@ def merge_models(
     """
     from mergectl import artefacts
     from mergectl.merge import merge
-    from mergectl.plan import check_base, check_beforehand, steps_of
+    from mergectl.plan import check_base, check_beforehand, check_models, steps_of
 
     check_beforehand(job.recipe, [task for task, _ in job.experts])
     check_words(lab, job)
     artefacts.check_free(out, force or reuse)
-    family = open_family(job.base, job.experts, lab.find_run)
+    family = open_family(job.base, job.experts, lab.find_run, partial(check_models, job.recipe))
     recipe, given = checked(job.recipe, list(family.experts)), dict(job.recipe.settings)
     check_base(recipe.method, steps_of(recipe, list(family.experts)), family.has_base)
     if check is not None:

@@ -56,6 +56,25 @@ def test_layers_that_a_recipe_asks_for_and_no_model_has_are_refused_before_they_
     assert weights_given(hub) == []
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["merge", "--scale", "*.atention.*=0.5"],
+        ["search", "--fix", "scale=*.atention.*=0.5"],
+        ["search", "--range", "scale@*.atention.*=0:1"],
+    ],
+)
+def test_a_pattern_that_no_weight_fits_is_refused_before_models_are_fetched(
+    hub: Hub, population: Path, cli: Cli, capsys: Capture, words: list[str]
+) -> None:
+    for name in ("base", "parity", "loop"):
+        hub.put(f"org/{name}", population / name)
+    models = ["--base", "org/base", "--experts", "parity=org/parity", "loop=org/loop", "-o", "m"]
+    assert cli(words[0], "task_arithmetic", *words[1:], *models) == 2
+    assert "No weight is called '*.atention.*'" in capsys.readouterr().err
+    assert weights_given(hub) == []
+
+
 def test_models_that_fit_are_fetched_once_and_merged(hub: Hub, population: Path, cli: Cli) -> None:
     for name in ("base", "parity", "loop"):
         hub.put(f"org/{name}", population / name)
