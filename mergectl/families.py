@@ -126,7 +126,10 @@ def open_family(
     }
     alone = {} if any(base is expert for expert in by_task.values()) else {"the base": base}
     mixed = other_tokens(alone | {f"'{short}'": expert for short, expert in by_task.items()})
-    population = replace(population, notes=(*population.notes, *_shared_heads(known, population), *mixed))
+    notes = (*population.notes, *_shared_heads(known, population), *mixed)
+    if not has_base and any("the base" in note.lower() for note in notes):
+        notes = (f"No base was given: where notes speak of the base, they mean '{next(iter(by_task))}'.", *notes)
+    population = replace(population, notes=notes)
     return Family(base, by_task, known, population, has_base, _inputs(base if has_base else None, by_task, known))
 
 

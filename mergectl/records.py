@@ -31,7 +31,7 @@ def write_records(
         **facts,
     }
     artefacts.add_json(folder / "mergectl.json", record)
-    (folder / "README.md").write_text(card(recipe, family), encoding="utf-8", errors="backslashreplace")
+    (folder / "README.md").write_text(card(recipe, family, export), encoding="utf-8", errors="backslashreplace")
 
 
 def _task_record(family: Family, task: str) -> dict[str, Any]:
@@ -39,8 +39,8 @@ def _task_record(family: Family, task: str) -> dict[str, Any]:
     return {"task": family.task_ids[task], "labels": meta.get("labels"), "base": family.base.ref}
 
 
-def card(recipe: Mapping[str, Any], family: Family) -> str:
-    """The model card: what was merged from what, and how to use it."""
+def card(recipe: Mapping[str, Any], family: Family, export: str | None = None) -> str:
+    """The model card: what was merged from what, and how to use it; `export` is the task whose own model it is."""
     parents = _hub_ids(family)
     lineage = ["base_model:", *(f"- {name}" for name in parents), "base_model_relation: merge"] if parents else []
     notes = ["Notes:", "", *(f"- {note}" for note in family.population.notes), ""] if family.population.notes else []
@@ -50,11 +50,27 @@ def card(recipe: Mapping[str, Any], family: Family) -> str:
         f"Base: `{family.base.ref if family.has_base else 'none'}`", "", "| task | expert |", "| --- | --- |",
         *(f"| {family.task_ids[task]} | `{_from_where(expert)}` |" for task, expert in family.experts.items()), "",
         "Recipe:", "", "```json", json.dumps(recipe, indent=2, default=str), "```", "", *notes,
-        "The folder is a plain transformers checkpoint: `AutoModel.from_pretrained(folder)`. Each task's head is in",
-        "`tasks/<task>/head.safetensors`; `mergectl eval` puts it on by itself, and `mergectl merge ... --export TASK`",
-        "writes one stand-alone classifier. `mergectl merge --again FOLDER` makes the same weights anew.", "",
+        *_usage(family, export), "`mergectl merge --again FOLDER` makes the same weights anew.", "",
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def _usage(family: Family, export: str | None) -> list[str]:
+    """How to open the result, and where the heads are, if the experts have any."""
+    headless = export is None and not family.has_base and any(family.population.heads.values())
+    config = (family.base if export is None else family.experts[export]).config
+    named = re.fullmatch(r"\w+", str((config.get("architectures") or [""])[0]))
+    form = named[0] if named and not headless else "AutoModel"
+    whole = [f"A plain transformers checkpoint: `{form}.from_pretrained(folder)`."]
+    if export is not None:
+        return [*whole, f"It answers {family.task_ids[export]} with that expert's own head."]
+    if not any(family.population.heads.values()):
+        return whole
+    return [
+        *whole,
+        "Each task's head is in `tasks/<task>/head.safetensors`; `mergectl eval` puts it on by itself, and",
+        "`mergectl merge ... --export TASK` writes one stand-alone classifier.",
+    ]
 
 
 def _from_where(model: Checkpoint) -> str:

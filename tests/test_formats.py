@@ -286,6 +286,41 @@ VOCABULARIES = {
 }
 
 
+def test_without_a_base_notes_say_which_expert_stands_for_it(cli: Cli, capsys: Capture, tmp_path: Path) -> None:
+    made = llama(tmp_path / "made", 0, 13)
+    one = tiny.change(made, tmp_path / "one", lambda w: w | {"model.steps": torch.tensor([0])})
+    two = tiny.change(made, tmp_path / "two", lambda w: w | {"model.steps": torch.tensor([1])})
+    assert cli("merge", "average", "--experts", one, two, "-o", "m") == 0
+    notes = capsys.readouterr().err.splitlines()[:2]
+    assert notes == [
+        "note: No base was given: where notes speak of the base, they mean 'one'.",
+        "note: Whole numbers of 'two' differ from the base's, which are kept: 'model.steps'.",
+    ]
+    assert weights(Path("m"))["model.steps"].tolist() == [0]
+
+
+def test_a_card_tells_how_to_open_the_model_and_where_heads_are(
+    cli: Cli, capsys: Capture, tmp_path: Path, population: Path
+) -> None:
+    folders = [llama(tmp_path / name, seed, 13) for seed, name in enumerate(("base", "one", "two"))]
+    assert cli("merge", "average", *words(*folders)) == 0
+    card = Path("m/README.md").read_text()
+    assert "`LlamaForCausalLM.from_pretrained(folder)`" in card and "head" not in card
+    classifiers = ["--experts", population / "parity", population / "loop"]
+    assert cli("merge", "average", *classifiers, "-o", "shared") == 0
+    assert "`tasks/<task>/head.safetensors`" in Path("shared/README.md").read_text()
+    orphans = [tiny.change(population / task, tmp_path / task, lambda w: w) for task in ("parity", "loop")]
+    for folder in orphans:
+        (folder / "mergectl.json").unlink(missing_ok=True)
+    capsys.readouterr()
+    assert cli("merge", "average", "--experts", *orphans, "-o", "orphaned") == 0
+    assert "note:" not in capsys.readouterr().err
+    assert "`AutoModel.from_pretrained(folder)`" in Path("orphaned/README.md").read_text()
+    assert cli("merge", "average", *classifiers, "-o", "alone", "--export", "loop") == 0
+    card = Path("alone/README.md").read_text()
+    assert "It answers digits/loop with" in card and "tasks/" not in card
+
+
 @pytest.mark.parametrize("case", VOCABULARIES)
 def test_rows_that_not_all_have_come_from_who_has_them(cli: Cli, capsys: Capture, tmp_path: Path, case: str) -> None:
     sizes, lenders = VOCABULARIES[case]
