@@ -118,7 +118,9 @@ def check_beforehand(recipe: Recipe, names: Sequence[str | None]) -> None:
     for part in weight.values() if isinstance(weight, Mapping) and known is not None else [weight]:
         each = part if isinstance(part, Sequence) else (part,) * len(names)
         if all(isinstance(x, float | int) for x in each) and values.get("normalize", True) and abs(sum(each)) < 1e-8:
-            raise UserError("The weights of the experts add up to zero. Change them, or set normalize to false.")
+            raise UserError(
+                "The weights of the experts add up to zero, so they cannot be divided by their sum. Change one of them."
+            )
 
 
 def check_supplies(info: settings.MethodInfo, wanted: Mapping[str, bool], given: Mapping[str, Any]) -> None:

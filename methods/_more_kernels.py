@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from mergectl.methods import _fused, _kernels
+from mergectl.methods._contract import MethodError
 
 if TYPE_CHECKING:
     from mergectl.methods._contract import Weights
@@ -73,10 +74,14 @@ def _blended(
     return result if base is None else base[name] + result
 
 
-def shares(weights: Sequence[float]) -> list[float] | None:
-    """Return weights divided by their sum, or None where they add up to nothing."""
+def shares(weights: Sequence[float], called: str = "weights") -> list[float]:
+    """Return weights divided by their sum; refuse such as add up to nothing."""
     whole = sum(weights)
-    return None if abs(whole) < 1e-8 else [weight / whole for weight in weights]
+    if abs(whole) < 1e-8:
+        raise MethodError(
+            f"The {called} of the experts add up to zero, so they cannot be divided by their sum. Change one of them."
+        )
+    return [weight / whole for weight in weights]
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,4 @@ def weighted_mean(weights: Sequence[float], normalize: bool, combine: str) -> Ca
     if combine != "mean":
         raise MethodError(f"Weights and normalize are for combine=mean, got combine={combine}.")
     factors = _more_kernels.shares(weights) if normalize else weights
-    if factors is None:
-        raise MethodError("The weights of the experts add up to zero. Change them, or set normalize to false.")
     return functools.partial(_kernels.weighted_total, weights=factors)

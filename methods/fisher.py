@@ -53,8 +53,7 @@ def merge(
     if normalize:
         norms = [norm + epsilon for norm in norms_of(experts, given)]
         factors = [a * min(norms) / norm for a, norm in zip(factors, norms, strict=True)]
-    if (parts := _more_kernels.shares(factors)) is None:
-        raise MethodError("The coefficients of all experts are zero. Give at least one a weight.")
+    parts = _more_kernels.shares(factors, "coefficients")
     return experts.each(lambda name, x: weighted_mean(x, [of_task(own, name, x) for own in given], parts, epsilon))
 
 

@@ -48,8 +48,6 @@ def merge(
     """Yield for each weight the mean direction at the mean length."""
     given = _kernels.per_task(weight, len(experts.tasks))
     weights = _more_kernels.shares(given) if normalize else given
-    if weights is None:
-        raise MethodError("The weights of the experts add up to zero. Change them, or set normalize to false.")
     if on == "deltas" and (task_vectors is None or base is None):
         raise MethodError(
             "multislerp with on=deltas needs the base the experts came from. Give one, or use on=weights."

@@ -46,8 +46,6 @@ def merge(
 ) -> Merged:
     """Yield for each weight the point on the arc that the experts' weights select."""
     shares = _more_kernels.shares(_kernels.per_task(weight, 2))
-    if shares is None:
-        raise MethodError("The weights of the two experts add up to zero, which selects no place between them.")
     if on == "deltas" and (task_vectors is None or base is None):
         raise MethodError("nuslerp with on=deltas needs the base the experts came from. Give one, or use on=weights.")
     vectors = experts if on == "weights" or task_vectors is None else task_vectors

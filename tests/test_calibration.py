@@ -320,5 +320,5 @@ def test_fisher_merging_follows_information_and_coefficients_and_normalises_scal
         merge_weights("fisher", BASE, E, supplies=scaled, epsilon=1e-9)["l.weight"],
         merge_weights("fisher", BASE, E, supplies=known, epsilon=1e-9)["l.weight"],
     )
-    with pytest.raises(UserError, match="coefficients of all experts are zero"):
+    with pytest.raises(UserError, match="coefficients of the experts add up to zero"):
         merge_weights("fisher", BASE, E, supplies=known, coefficient=0.0)
