@@ -74,8 +74,9 @@ def line_up(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> Population:
     if hidden:
         notes.append("The text tower makes the heads of a CLIP model. No expert changes it: kept from the base.")
     notes += [*_distilled_notes(heads), *head_notes(base, own_heads), *_body_notes(own_heads, views, experts)]
-    own_head = {name for task, expert in experts.items() if expert is base for name in heads[task]}  # there is no base
-    if lone := [n for n in carried if n not in {*shared.values(), *tied, *hidden, *own_head}]:
+    dropped = {name for task, expert in experts.items() if expert is base for name in heads[task]}  # there is no base
+    told = {*shared.values(), *tied, *hidden, *dropped}
+    if lone := [n for n in carried if n not in told]:
         notes.append(f"No expert has {_some(lone)}: kept from the base.")
     tied |= {shared[name]: of for name, of in twice.items()}
     copies = {task: found | {views[task][name]: of for name, of in twice.items()} for task, found in copies.items()}
