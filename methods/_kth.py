@@ -45,14 +45,19 @@ def largest(
     if vectors.numel <= _TOGETHER:
         return _together(vectors, ranks, form)
     bounds = _bounds(vectors, ranks, form)
+    tallies = [[_order.Tally(*pair) for pair in pairs] for pairs in bounds]
+
+    def add(found: Sequence[Sequence[_order.Between]]) -> None:
+        for tally, part in zip(itertools.chain(*tallies), itertools.chain(*found), strict=True):
+            tally.add(part)
+
     if counted is None:
-        counts = vectors.survey_lent(lambda rows: between(rows, bounds, magnitudes, vectors.numel))
+        vectors.survey_lent(lambda rows: add(between(rows, bounds, magnitudes, vectors.numel)))
     else:
-        counts = vectors.spread(lambda name: counted(name, bounds), list(vectors))
+        vectors.spread(lambda name: add(counted(name, bounds)), list(vectors))
 
     def kth(place: int, task: int) -> float:
-        parts = [unit[task][place] for unit in counts]
-        return _order.kth_between(parts, ranks[place][task], vectors.numel, *bounds[task][place])
+        return tallies[task][place].kth(ranks[place][task], vectors.numel)
 
     result = []
     for place, wanted in enumerate(ranks):

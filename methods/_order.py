@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -24,6 +25,7 @@ class Between(NamedTuple):
     at_low: int
 
 
+_PENDING = 1 << 19  # entries that a tally keeps one by one
 _TOP = 1 << 31
 NEIGHBOURS = 4  # entries of a sample that lie side by side
 _LOWEST = 0x007FFFFF  # the key of minus infinity
@@ -91,20 +93,62 @@ def _folded(numbers: Array) -> Array:
     return result
 
 
-def kth_between(parts: Sequence[Between], rank: int, count: int, low: float, high: float) -> float:
-    """Return the k-th largest entry if it lies between the bounds or is one of them, else NaN."""
-    special = _special(rank, count)
-    if special is not None:
-        return special
-    rest = rank - sum(part.above for part in parts)
-    at_high = sum(part.at_high for part in parts)
-    if 0 < rest <= at_high:
-        return high + 0.0
-    inside = np.concatenate([part.inside for part in parts])
-    rest -= at_high
-    if 0 < rest <= len(inside):
-        return kth_of(inside, [rest])[0]
-    return low + 0.0 if 0 < rest - len(inside) <= sum(part.at_low for part in parts) else math.nan
+class Tally:
+    """Entries between two bounds, from parts that several threads count. Of many, equal ones are kept once.
+
+    So there are never more than float32 numbers between the bounds. Parts are copied to one array: many small ones that
+    stay would keep the room between them from being used again.
+    """
+
+    def __init__(self, low: float, high: float) -> None:
+        """Begin with none."""
+        self._ends, self._lock = (low, high), threading.Lock()
+        self._above = self._at_high = self._at_low = self._size = 0
+        self._pending, self._entries = np.empty(_PENDING, np.float32), np.empty(0, np.float32)
+        self._numbers = np.empty(0, np.int64)
+
+    def add(self, part: Between) -> None:
+        """Add what was found in a part of a row."""
+        with self._lock:
+            self._above += part.above
+            self._at_high += part.at_high
+            self._at_low += part.at_low
+            size = self._size + len(part.inside)
+            if size > len(self._pending):
+                self._condense(part.inside)
+            else:
+                self._pending[self._size : size] = part.inside
+                self._size = size
+
+    def kth(self, rank: int, count: int) -> float:
+        """Return the k-th largest of so many entries if it lies between the bounds or is one of them, else NaN."""
+        special, (low, high) = _special(rank, count), self._ends
+        if special is not None:
+            return special
+        rest = rank - self._above
+        if 0 < rest <= self._at_high:
+            return high + 0.0
+        rest -= self._at_high
+        inside = self._size + int(self._numbers.sum())
+        if 0 < rest <= inside:
+            return self._inside(rest)
+        return low + 0.0 if 0 < rest - inside <= self._at_low else math.nan
+
+    def _inside(self, rank: int) -> float:
+        if not len(self._entries):
+            return kth_of(self._pending[: self._size], [rank])[0]
+        self._condense(np.empty(0, np.float32))
+        place = int(np.searchsorted(np.cumsum(self._numbers[::-1]), rank))
+        return float(self._entries[len(self._entries) - 1 - place]) + 0.0
+
+    def _condense(self, more: Array) -> None:
+        """Keep each number once, with how many entries have it."""
+        fresh = np.concatenate([self._pending[: self._size], more])
+        counted = (self._entries, self._numbers), np.unique(fresh, return_counts=True)
+        self._size, self._entries = 0, np.union1d(counted[0][0], counted[1][0])
+        self._numbers = np.zeros(len(self._entries), np.int64)
+        for entries, numbers in counted:
+            self._numbers[np.searchsorted(self._entries, entries)] += numbers
 
 
 def thinned(x: Any, step: int) -> Any:

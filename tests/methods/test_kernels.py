@@ -197,8 +197,25 @@ def test_an_entry_above_the_bounds_is_not_taken_for_the_upper_one() -> None:
     row = np.array([3.0, 2.0, 1.5, 1.0, 1.0, 0.5], dtype=np.float32)
     parts = [_order.between(row[:3], 1.0, 2.0, False), _order.between(row[3:], 1.0, 2.0, False)]
     assert [part[1:] for part in parts] == [(1, 1, 0), (0, 0, 2)]
-    found = [_order.kth_between(parts, rank, 6, 1.0, 2.0) for rank in (1, 2, 3, 4, 5, 6)]
+    tally = _order.Tally(1.0, 2.0)
+    for part in parts:
+        tally.add(part)
+    found = [tally.kth(rank, 6) for rank in (1, 2, 3, 4, 5, 6)]
     assert found[1:5] == [2.0, 1.5, 1.0, 1.0] and all(math.isnan(value) for value in (found[0], found[5]))
+
+
+@pytest.mark.parametrize("pending", [1, 7, 1 << 19])
+@given(arrays.arrays(np.float32, st.integers(1, 60), elements=st.sampled_from([-2.0, -0.5, 0.0, 0.5, 1.0, 3.0])))
+def test_entries_told_one_by_one_or_counted_have_the_same_order(pending: int, row: np.ndarray) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_order, "_PENDING", pending)
+        tally = _order.Tally(-1.0, 2.0)
+    for start in range(0, len(row), 5):
+        tally.add(_order.between(row[start : start + 5], -1.0, 2.0, False))
+    for rank, entry in enumerate(sorted(row.tolist(), reverse=True), 1):
+        found = tally.kth(rank, len(row))
+        assert found == entry if -1 < entry < 2 else math.isnan(found)
+    assert pending > 60 or len(tally._entries) <= 4  # numbers between the bounds
 
 
 @given(st.integers(0, 3000), st.integers(1, 50))
