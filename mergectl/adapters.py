@@ -145,6 +145,9 @@ class AdapterCheckpoint(Checkpoint):
     def _check_shapes(self, module: str) -> None:
         """Refuse parts that do not fit the weight they belong to."""
         weight, shapes = self.shape(f"{module}.weight"), self._shapes(module)
+        for one, other in (("A", "B"), ("B", "A"), ("embedding_A", "embedding_B"), ("embedding_B", "embedding_A")):
+            if f"lora_{one}" in shapes and f"lora_{other}" not in shapes:
+                raise UserError(f"{self.ref} has lora_{one} of '{module}', but not lora_{other}. Is it whole?")
         if not fits(weight, shapes, turned=self._turned[module]):
             told = ", ".join(f"{part} {list(shape)}" for part, shape in shapes.items())
             raise UserError(

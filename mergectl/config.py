@@ -152,6 +152,8 @@ def read_lines(path: Path) -> tuple[dict[str, Any], dict[tuple[Any, ...], int]]:
     except (yaml.YAMLError, ValueError) as error:  # a date that is none is a ValueError
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         problem = problem or getattr(error, "reason", None) or error
+        if problem == "but found another document":
+            problem = "another document begins here, and only one is read. Put each into a file of its own"
         raise UserError(f"{path}, line {mark.line + 1 if mark else 1}: {problem}.") from error
     except RecursionError as error:
         raise UserError(f"{path}: a part of it contains itself.") from error

@@ -107,8 +107,7 @@ def check_beforehand(recipe: Recipe, names: Sequence[str | None]) -> None:
     shorts = [name.rsplit("/", 1)[-1] for name in names if name]
     known = shorts if len(set(shorts)) == len(names) else None
     for name, given in [*recipe.refine, (recipe.method, recipe.settings)]:
-        if known is not None:
-            settings.check(name, given, known)
+        settings.check_meant(settings.describe(name), given, settings.check(name, given, known))
         for key, value in given.items():
             counted = isinstance(value, Sequence) and settings.settings_of(name)[key].per_task
             if counted and not isinstance(value, str) and len(value) != len(names):

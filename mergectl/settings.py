@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any, Literal
@@ -128,9 +128,15 @@ def check(name: str, given: Mapping[str, Any], tasks: Sequence[str] | None) -> d
             if info.extra_bits:
                 raise UserError(f"{key} cannot differ between weights: '{info.name}' keeps one rescaler per task.")
             checked[key].setdefault("*", values.resolve(setting, setting.default, tasks))
-    for key in given if tasks is not None else ():  # a search may still vary the other setting
-        values.check_beside(info.settings[key], checked)
+    if tasks is not None:  # a search may still vary the other setting
+        check_meant(info, given, checked)
     return checked
+
+
+def check_meant(info: MethodInfo, given: Iterable[str], checked: Mapping[str, Any]) -> None:
+    """Refuse settings that would change nothing beside the values of the others."""
+    for key in given:
+        values.check_beside(info.settings[key], checked)
 
 
 def parse(setting: Setting, text: str) -> Any:

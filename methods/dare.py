@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 import torch
 
 from mergectl.methods import _kernels, _more_kernels
-from mergectl.methods._contract import Between, MethodError, OneOf, PerTask, Rng, Weights
+from mergectl.methods._contract import Beside, Between, MethodError, OneOf, PerTask, Rng, Weights
 
 if TYPE_CHECKING:
     from mergectl.methods._task_vectors import TaskVectors
@@ -72,9 +72,9 @@ def refine(
     drop: Annotated[PerTask, Between(0.0, 1.0, high_open=True, search=(0.0, 0.95)), "share of entries dropped"] = 0.9,
     rescale: Annotated[bool, "rescale the rest: divide it by 1 - drop, unless rescale_to says otherwise"] = True,
     strategy: Annotated[str, OneOf(STRATEGIES), "drop at random, or the smallest of each weight"] = "random",
-    rescale_to: Annotated[str, OneOf(["expected", "l1"]), "keep the expected value, or the sum of magnitudes"] = (
-        "expected"
-    ),
+    rescale_to: Annotated[
+        str, OneOf(["expected", "l1"]), Beside("rescale", (True,)), "keep the expected value, or the sum of magnitudes"
+    ] = "expected",
 ) -> TaskVectors:
     """Return task vectors with entries dropped; given masks are used instead of drawing any."""
     drops = dict(zip(task_vectors.tasks, _kernels.per_task(drop, len(task_vectors.tasks)), strict=True))

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from mergectl.methods import _elections, _kernels, _more_kernels
-from mergectl.methods._contract import Between, Merged, MethodError, OneOf, PerTask, Weights
+from mergectl.methods._contract import Beside, Between, Merged, MethodError, OneOf, PerTask, Weights
 
 if TYPE_CHECKING:
     from mergectl.methods._task_vectors import TaskVectors
@@ -120,24 +120,27 @@ PLAIN = {
     "median": _kernels.lower_median,
     "magnitude": _kernels.largest,
 }
+# The values of other settings beside which alone a setting has a meaning.
+TOPK, BY_SIZE = Beside("trim", ("topk",)), Beside("trim", ("std", "energy"))
+WHOLE, ELECTED = Beside("scope", ("model",)), Beside("elect", tuple(ELECT))
 
 
 def merge(
     task_vectors: TaskVectors,
     signs: Weights | None = None,
     *,
-    density: Annotated[PerTask, Between(0.0, 1.0, search=(0.05, 1.0)), "share of each task vector kept"] = 0.2,
+    density: Annotated[PerTask, Between(0.0, 1.0, search=(0.05, 1.0)), TOPK, "share of each task vector kept"] = 0.2,
     scale: Annotated[float, Between(-10.0, 10.0, search=(0.3, 2.5)), "scaling coefficient of the merged vector"] = 1.0,
     scope: Annotated[str, OneOf(["model", "tensor"]), "trim and elect over the model or each tensor alone"] = "model",
     trim: Annotated[str, OneOf(TRIM), "which entries stay: density for topk, threshold for std and energy"] = "topk",
-    threshold: Annotated[float, Between(0.0, 10.0), "standard deviations, or share of energy"] = 0.9,
+    threshold: Annotated[float, Between(0.0, 10.0), BY_SIZE, "standard deviations, or share of energy"] = 0.9,
     elect: Annotated[str, OneOf([*ELECT, "none"]), "how the sign of each weight is elected"] = "mass",
     combine: Annotated[str, OneOf([*AGREEING, *PLAIN]), "what is taken of the entries that are left"] = "disjoint_mean",
-    zero_sign: Annotated[str, OneOf(["majority", "zero", "plus"]), "what a drawn election gives"] = "majority",
-    round_up: Annotated[bool, "scope model: keep ceil(dK) + 1 entries, not floor(dK) + 1"] = False,
+    zero_sign: Annotated[str, OneOf(["majority", "zero", "plus"]), ELECTED, "what a drawn election gives"] = "majority",
+    round_up: Annotated[bool, WHOLE, "keep ceil(dK) + 1 entries of the model, not floor(dK) + 1"] = False,
     compat: Annotated[bool, "trim energy: also keep the last coordinate, as the original code does"] = False,
     weight: Annotated[PerTask, Between(-1e4, 1e4), "of each task, before the election"] = 1.0,
-    exact: Annotated[bool, "trim topk: keep floor(dK) entries, at least one, and what equals the last"] = False,
+    exact: Annotated[bool, TOPK, "keep floor(dK) entries, at least one, and what equals the last"] = False,
 ) -> Merged:
     """Yield for each weight what the trimmed task vectors agree on; given signs are used instead of electing."""
     if elect == "none" and signs is None and combine == "disjoint_max":

@@ -191,6 +191,17 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
         open_checkpoint(edited(tmp_path / "adapter", base_model_name_or_path=str(other)))
 
 
+@pytest.mark.parametrize(("part", "other"), [("lora_A", "lora_B"), ("lora_B", "lora_A")])
+def test_half_a_pair_of_factors_is_refused(tmp_path: Path, part: str, other: str) -> None:
+    adapter(tmp_path, *CASES["lora"])
+    path = tmp_path / "adapter/adapter_model.safetensors"
+    weights = load_file(path)
+    lost = next(name for name in weights if name.endswith(f"{other}.weight"))
+    save_file({name: x for name, x in weights.items() if name != lost}, path)
+    with pytest.raises(UserError, match=f"has {part} of '.*', but not {other}"):
+        open_checkpoint(tmp_path / "adapter")
+
+
 def test_parts_of_an_adapter_that_nobody_knows_are_refused(tmp_path: Path) -> None:
     adapter(tmp_path, *CASES["lora"])
     path = tmp_path / "adapter/adapter_model.safetensors"

@@ -465,6 +465,17 @@ def test_a_recipe_is_refused_before_a_model_is_looked_for(
     assert sentence in refused(cli, capsys, "merge", *words, "--base", "org/base", "--experts", *experts, "-o", "m")
 
 
+@pytest.mark.parametrize(
+    "words", [["dare_ties", "--density", "0.3"], ["average", "--refine", "dare:rescale=no,rescale_to=l1"]]
+)
+def test_a_setting_without_a_meaning_is_refused_before_tasks_have_names(
+    cli: Cli, capsys: Capture, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    monkeypatch.setattr("mergectl.checkpoints.download", lambda ref: pytest.fail(f"{ref} was looked for"))
+    given = ["--base", "org/base", "--experts", "org/one", "org/two", "-o", "m"]
+    assert "has a meaning only with" in refused(cli, capsys, "merge", *words, *given)
+
+
 WORDS = [
     ("merge", "--export three", "--export three: the experts are one, two."),
     ("merge", "--device gpu", "There is no device 'gpu'."),

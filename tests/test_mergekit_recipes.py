@@ -344,6 +344,7 @@ WRONG = {
     f"merge_method: linear\n{MODELS}parameters:\n  normalise: true\n": (
         "line 8: unknown parameter 'normalise' in linear. Did you mean 'normalize'?"
     ),
+    f"merge_method: linear\n{MODELS}---\nmerge_method: linear\n": "line 7: another document begins here",
     f"merge_method: linear\n{MODELS}parameters:\n  normalize: 2\n": "line 8: normalize must be true or false, got 2.",
     f"merge_method: linear\n{MODELS}parameters:\n  normalize: x\n": "line 8: normalize must be true or false, got 'x'",
     "merge_method: linear\nmodels:\n  - model: a\n    parameters: {weight: [[0, 1], [1]]}\n  - model: c\n": (

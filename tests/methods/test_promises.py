@@ -37,9 +37,12 @@ def merged(method: str, tasks: int = 3, dtype: torch.dtype = torch.float32, **gi
 
 
 def _meaningful(method: str, given: dict[str, Any]) -> dict[str, Any]:
-    """Add the values of other settings without which these would mean nothing."""
-    beside = [found for key in given if (found := settings.settings_of(method)[key].beside) is not None]
-    return {other.setting: other.words[-1] for other in beside} | given
+    """Add values of other settings without which these would mean nothing; drop what none of them gives a meaning."""
+    beside = {key: found for key in given if (found := settings.settings_of(method)[key].beside) is not None}
+    full = {other.setting: other.words[-1] for other in beside.values()} | given
+    return {
+        key: value for key, value in full.items() if key not in beside or meant(beside[key], full[beside[key].setting])
+    }
 
 
 def _given(name: str, value: Any) -> dict[str, Any]:
@@ -148,7 +151,8 @@ def test_a_setting_that_means_nothing_for_want_of_another_value_is_refused_and_w
         if setting.beside is None:
             continue
         words = known[setting.beside.setting].words or (True, False)
-        value = 0.7 if setting.type == "float" else next(v for v in (*setting.words, True) if v != setting.default)
+        others = (value for value in (*setting.words, True, False) if value != setting.default)
+        value = 0.7 if setting.type == "float" else next(others)
         for word in words:
             given = {setting.beside.setting: word, key: value}
             if word in setting.beside.words:
@@ -322,7 +326,7 @@ def test_numpy_numbers_are_numbers(method: str) -> None:
     plain = _meaningful(method, numbers)
     expected = merge_weights(method, base, experts, **plain)
     for kind in (np.float64, np.float32, torch.tensor):
-        given: dict[str, Any] = plain | {name: kind(number) for name, number in numbers.items()}
+        given: dict[str, Any] = plain | {name: kind(number) for name, number in numbers.items() if name in plain}
         assert settings.check(method, given, list(experts)) == settings.check(method, plain, list(experts))
         assert_same(merge_weights(method, base, experts, **given), expected)
 
