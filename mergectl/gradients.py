@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 from mergectl.layers import NUMBERED, stacks
@@ -35,27 +35,35 @@ def is_varied(setting: Any) -> bool:
     return isinstance(setting, list | Mapping)
 
 
-def evaluate(setting: Any, name: str, depth: float) -> Any:
-    """Return a setting's value for one weight, None where no filter fits: a scalar, a gradient, or conditions."""
+def evaluate(setting: Any, name: str, depth: float, read: Callable[[Any], Any] = lambda value: value) -> Any:
+    """Return a setting's value for one weight, None where no filter fits: a scalar, a gradient, or conditions.
+
+    `read` makes numbers or flags of scalars as they are written.
+    """
     if isinstance(setting, Mapping):
         setting = [setting]
     if not isinstance(setting, list):
-        return setting
+        return read(setting)
     if not isinstance(setting[0], Mapping):
-        return _on_gradient(setting, depth)
+        return _on_gradient([read(value) for value in setting], depth)
     for condition in setting:
         wanted = condition.get("filter")
-        if wanted in (None, "*") or str(wanted) in name:
-            return evaluate(condition["value"], name, depth)
+        if wanted in (None, "*") or wanted in name:
+            return evaluate(condition["value"], name, depth, read)
     return None
 
 
-def _on_gradient(values: Sequence[float], depth: float) -> float:
-    """Return the value at a depth of numbers spread evenly over the layers, on the line between two of them."""
+def _on_gradient(values: Sequence[Any], depth: float) -> Any:
+    """Return the value at a depth of values spread evenly over the layers: between two numbers, on the line between.
+
+    Flags have nothing between them: there it is the last one that has begun.
+    """
     place = depth * (len(values) - 1)
     first = int(place)
     second, share = min(first + 1, len(values) - 1), place - first
-    return values[first] if share == 0 else (1 - share) * values[first] + share * values[second]
+    if share == 0 or isinstance(values[first], bool):
+        return values[first]
+    return (1 - share) * values[first] + share * values[second]
 
 
 def patterns(values: Mapping[str, Hashable]) -> Any:

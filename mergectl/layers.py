@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,3 +95,16 @@ def _list(key: str, own: list[Any], sources: Sequence[tuple[Mapping[str, Any], i
     if any(at >= len(listed) for listed, (_, at) in zip(lists, sources, strict=True)):
         raise UserError(f"The configurations disagree on '{key}', which has an entry per layer.")
     return [listed[at] for listed, (_, at) in zip(lists, sources, strict=True)]
+
+
+def tells_kinds(config: Mapping[str, Any], kinds: Sequence[Hashable]) -> bool:
+    """Say whether some list of a configuration tells of which kind each layer is, so that stacking them changes it."""
+    for key, value in config.items():
+        if isinstance(value, Mapping) and tells_kinds(value, kinds):
+            return True
+        if isinstance(value, list) and value and re.search("layer|block", key):
+            entries = [str(entry) for entry in value]
+            values = entries if len(value) == len(kinds) else [str(n in value) for n in range(len(kinds))]
+            if len(set(zip(values, kinds, strict=True))) == len(set(values)):
+                return True
+    return len(set(kinds)) == 1

@@ -129,7 +129,7 @@ def read(path: Path) -> MergekitFile:
         raise fail(("merge_method",), f"there is no merge_method '{name}'.{did_you_mean(str(name), METHODS)}")
     base = content.get("base_model")
     if base is not None:
-        _check_ref(base, ("base_model",), fail)
+        base = _ref(base, ("base_model",), fail)
     slices = _slices(content, fail)
     parameters = _mapping(content.get("parameters"), ("parameters",), fail)
     tokens = _tokens(content.get("tokenizer_source"), base, fail)
@@ -184,27 +184,37 @@ def _sources(listed: Any, place: Place, keys: Sequence[str], fail: Fail) -> Iter
         spot = (*place, number)
         source = _mapping(entry, spot, fail)
         _check_keys(source, spot, keys, fail)
-        _check_ref(source.get("model"), (*spot, "model"), fail)
+        ref = _ref(source.get("model"), (*spot, "model"), fail)
         parameters = _mapping(source.get("parameters"), (*spot, "parameters"), fail)
-        yield Source(source["model"], parameters, spot, _range(source, spot, fail))
+        yield Source(ref, parameters, spot, _range(source, spot, fail))
 
 
 def _range(source: Mapping[str, Any], place: Place, fail: Fail) -> tuple[int, int] | None:
-    ends = source.get("layer_range")
-    if ends is None:
+    written = source.get("layer_range")
+    if written is None:
         return None
-    if not isinstance(ends, list) or [type(end) for end in ends] != [int, int] or not 0 <= ends[0] < ends[1]:
-        raise fail(
-            (*place, "layer_range"), f"layer_range is the first layer, from 0, and that after the last, got {ends!r}."
-        )
-    return ends[0], ends[1]
+    ends = [end for part in written if (end := whole(part)) is not None] if isinstance(written, list) else []
+    if len(ends) == 2 == len(written) and 0 <= ends[0] < ends[1]:
+        return ends[0], ends[1]
+    raise fail(
+        (*place, "layer_range"), f"layer_range is the first layer, from 0, and that after the last, got {written!r}."
+    )
 
 
-def _check_ref(ref: Any, place: Place, fail: Fail) -> None:
+def _ref(written: Any, place: Place, fail: Fail) -> str:
+    """Return a model as one word; older recipes on model cards spell it as {model: {path: ..., revision: ...}}."""
+    adapter, ref = None, written
+    if isinstance(ref, Mapping):
+        _check_keys(ref, place, ("model", "lora"), fail)
+        adapter, ref = ref.get("lora"), ref.get("model")
+    if isinstance(ref, Mapping):
+        _check_keys(ref, (*place, "model"), ("path", "revision"), fail)
+        ref = f"{ref['path']}@{ref['revision']}" if ref.get("revision") and ref.get("path") else ref.get("path")
     if not isinstance(ref, str) or not ref:
-        raise fail(place, f"a model is a folder or a hub id, got {ref!r}.")
-    if "+" in ref and not Path(ref).expanduser().is_dir():
+        raise fail(place, f"a model is a folder or a hub id, got {written!r}.")
+    if adapter is not None or ("+" in ref and not Path(ref).expanduser().is_dir()):
         raise fail(place, f"'{ref}': a model with an adapter is not read. Name the adapter's folder alone.")
+    return ref
 
 
 def _check_keys(found: Mapping[str, Any], place: Place, known: Sequence[str], fail: Fail) -> None:
@@ -269,15 +279,20 @@ def _check_value(file: MergekitFile, place: Place, parameter: Parameter, value: 
         _check_keys(value, place, ("filter", "value"), file.error)
         if "value" not in value:
             raise file.error(place, f"a condition of '{key}' needs a value.")
+        if not isinstance(wanted := value.get("filter"), str | None):
+            raise file.error((*place, "filter"), f"a filter is a part of weights' names, got {wanted!r}.")
         _check_value(file, (*place, "value"), parameter, value["value"])
     elif isinstance(value, list):
         if not value or len({isinstance(part, Mapping) for part in value}) > 1 or list in map(type, value):
             raise file.error(place, f"'{key}' must be a value, a list of numbers, or a list of filters with values.")
+        if parameter.kind == "whole" and not isinstance(value[0], Mapping):
+            raise file.error(place, f"{key} is a whole number, and those have no gradient. Name one, or use filters.")
         for number, part in enumerate(value):
             _check_value(file, (*place, number), parameter, part)
-    elif parameter.kind == "flag" and flag(value) is None:
-        raise file.error(place, f"{key} must be true or false, got {value!r}.")
-    elif parameter.kind == "number":
+    elif parameter.kind == "flag":
+        if flag(value) is None:
+            raise file.error(place, f"{key} must be true or false, got {value!r}.")
+    else:
         _check_number(file, place, parameter, key, value)
 
 
@@ -288,11 +303,33 @@ def flag(value: Any) -> bool | None:
     return FLAGS.get(value.lower()) if isinstance(value, str) else None
 
 
+def number(value: Any) -> float | None:
+    """Return what mergekit takes for a number: one that may be written as text; else None."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return None
+    try:
+        found = float(value) if isinstance(value, str) else value
+    except ValueError:
+        return None
+    return found if math.isfinite(found) else None
+
+
+def whole(value: Any) -> int | None:
+    """Return a whole number; None for others."""
+    found = number(value)
+    return int(found) if found is not None and found == int(found) else None
+
+
+READ: dict[str, Callable[[Any], Any]] = {"flag": flag, "number": number, "whole": whole}
+
+
 def _check_number(file: MergekitFile, place: Place, parameter: Parameter, key: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise file.error(place, f"{key} must be a number, got {value!r}.")
-    if not parameter.low <= value <= parameter.high:
-        hint = " It is a share, not a percentage." if parameter.high == 1 and 1 < value <= 100 else ""
+    found = READ[parameter.kind](value)
+    if found is None:
+        what = "a number" if parameter.kind == "number" else "a whole number"
+        raise file.error(place, f"{key} must be {what}, got {value!r}.")
+    if not parameter.low <= found <= parameter.high:
+        hint = " It is a share, not a percentage." if parameter.high == 1 and 1 < found <= 100 else ""
         raise file.error(
-            place, f"{key} must lie between {parameter.low:g} and {parameter.high:g}, got {value:g}.{hint}"
+            place, f"{key} must lie between {parameter.low:g} and {parameter.high:g}, got {found:g}.{hint}"
         )

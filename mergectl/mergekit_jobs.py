@@ -12,7 +12,7 @@ from mergectl.checkpoints import open_checkpoint
 from mergectl.errors import UserError
 from mergectl.layers import the_stack
 from mergectl.merge import MergeJob
-from mergectl.mergekit import MergekitFile, Source, flag, read
+from mergectl.mergekit import READ, MergekitFile, Place, Source, read
 from mergectl.mergekit_slices import Course, Row, models_of, rows_of
 from mergectl.peeking import peeking
 from mergectl.plan import check_experts, recipe_of
@@ -50,11 +50,12 @@ class Here:
 
         Filters of what every model has its own of look at the weight's name in that model.
         """
+        kind = self.file.method.parameters[name].kind
         weight = self.weight if source is None else self.course.in_source(self.weight, self.row, source)
         for level in (source.parameters if source else {}, self.row.part.parameters, self.file.parameters):
-            value = gradients.evaluate(level[name], weight, self.depth) if name in level else None
+            value = gradients.evaluate(level[name], weight, self.depth, READ[kind]) if name in level else None
             if value is not None:
-                return flag(value) if self.file.method.parameters[name].kind == "flag" else value
+                return value
         default = self.file.method.parameters[name].default
         if default is None:
             who = f"'{source.ref}' has no" if source else f"{self.file.name} needs the parameter"
@@ -75,13 +76,22 @@ def job_of(path: Path, seed: int, find_run: FindRun | None = None) -> MergeJob:
             check_experts(info, len(row.experts))
             recipe_of(info.name, recipe, (), seed)
         except UserError as error:
-            raise file.error(row.part.place, str(error)) from error
+            raise file.error(_written(file, row, str(error)), str(error)) from error
     with peeking():
         base, experts = models_of(file, rows, _counts(file, rows, find_run))
         base, experts = _with_tokens(file, base, experts, find_run)
         if not file.whole or any(gradients.is_varied(value) for level, *_ in file.levels for value in level.values()):
             recipe = _settings(file, rows, _weights(base, experts, find_run))
     return MergeJob(recipe_of(info.name, recipe, (), seed), experts, base, file.dtype)
+
+
+def _written(file: MergekitFile, row: Row, sentence: str) -> Place:
+    """Return where the parameter stands that a sentence speaks of, else the row's place."""
+    named = [name for name in file.method.parameters if name in sentence]
+    levels = [(source.parameters, source.place) for source in row.experts]
+    levels += [(row.part.parameters, row.part.place), (file.parameters, ())]
+    found = ((*place, "parameters", name) for level, place in levels for name in named if name in level)
+    return next(found, row.part.place)
 
 
 def _check_weights(file: MergekitFile, rows: Sequence[Row]) -> None:
@@ -139,8 +149,7 @@ def _settings(file: MergekitFile, rows: Sequence[Row], names: Sequence[str]) -> 
     except UserError as error:
         if str(error).startswith(str(file.path)):
             raise
-        weight = (*rows[0].experts[0].place, "parameters", "weight")
-        raise file.error(weight if "weights" in str(error) else rows[0].part.place, str(error)) from error
+        raise file.error(_written(file, rows[0], str(error)), str(error)) from error
     keys = next(iter(found.values()))
     return {key: gradients.patterns({name: row[key] for name, row in found.items()}) for key in keys}
 

@@ -19,7 +19,7 @@ Settings = dict[str, Any]
 class Parameter:
     """One of mergekit's parameters: its kind, range, default (None: it must be given), and whether models have it."""
 
-    kind: Literal["number", "flag"] = "number"
+    kind: Literal["number", "whole", "flag"] = "number"
     default: float | bool | None = None
     low: float = -10.0
     high: float = 10.0
@@ -159,7 +159,7 @@ METHODS: dict[str, Method] = {
     ),
     "karcher": Method(
         "karcher", "input",
-        {"max_iter": Parameter("number", 10, 1, 1000), "tol": Parameter("number", 1e-5, 0.0, 1.0)},
+        {"max_iter": Parameter("whole", 10, 1, 1000), "tol": Parameter("number", 1e-5, 0.0, 1.0)},
         lambda at: {"max_iter": at("max_iter"), "tol": at("tol")},
     ),
     "task_arithmetic": Method("task_arithmetic", "origin", _family(False, False, **NOT_TRIMMED), summed),

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergectl.errors import UserError
-from mergectl.layers import Numbered, is_front, restacked, the_stack
+from mergectl.layers import Numbered, is_front, restacked, tells_kinds, the_stack
 from mergectl.refs import Cut, Stack
 from mergectl.reheading import HeadedModel
 from mergectl.tokens import TOKENS, token_dim
@@ -129,7 +129,28 @@ class Stacked(Checkpoint):
     def note(self) -> str:
         """What a person should know of it."""
         lenders = " and ".join(dict.fromkeys([self.stack.front, self.stack.back]))
-        return " ".join([f"Made of layers, {self.ref}; the rest is that of {lenders}.", *self._lacking()])
+        told = self._out_of_place() or self._lacking()
+        return " ".join([f"Made of layers, {self.ref}; the rest is that of {lenders}.", *told])
+
+    def _out_of_place(self) -> list[str]:
+        """Say where a layer is not of the kind that its place is to have, as far as the frame's configuration knows."""
+        numbered, known = self._numbered[self.stack.frame], self._endings()
+
+        def kind(ref: str, layer: int) -> frozenset[str]:
+            found = _of_layer(self.models[ref], self._numbered[ref], layer)
+            return frozenset(_as_in(known, ending) for _, ending in found)
+
+        own = [kind(self.stack.frame, number) for number in range(numbered.count)]
+        if tells_kinds(self.frame.config, own):
+            return []
+        for number, (ref, layer) in enumerate(self.stack.layers):
+            if number >= numbered.count or kind(ref, layer) != own[number]:
+                return [
+                    f"The layers of {self.stack.frame} are of several kinds, which its configuration does not list: it "
+                    f"may take layer {number} of the result, which is layer {layer} of {ref}, for one of another kind. "
+                    "Look at what transformers reports when it loads the result."
+                ]
+        return []
 
     def _lacking(self) -> Iterator[str]:
         """Say which layers lack a few weights that others of their model have; layers of another kind lack many."""

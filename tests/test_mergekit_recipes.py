@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from mergectl import merge_weights
 from mergectl.errors import UserError
 from mergectl.gradients import Depth, evaluate, patterns
+from mergectl.mergekit import flag
 from mergectl.mergekit_jobs import job_of
 from mergectl.mergekit_methods import METHODS
 from mergectl.merging import MergeWarning
@@ -101,6 +102,14 @@ def test_flags_are_written_in_many_ways(word: str, cli: Cli, here: Path) -> None
     got = run(cli, f"{LINEAR}parameters: {{normalize: {word}}}\n")
     chat, code = weights("chat"), weights("code")
     assert_weights(got, {name: 0.3 * chat[name] + 0.9 * code[name] for name in chat}, atol=2e-3)
+
+
+def test_numbers_may_be_text_and_models_mappings_as_on_older_cards(cli: Cli, here: Path) -> None:
+    told = LINEAR.replace("0.3", '"0.3"').replace("model: models/chat", "model: {model: {path: models/chat}}")
+    assert told.count("path") == 1 and '"0.3"' in told
+    assert_weights(run(cli, told), run(cli, LINEAR))
+    text = SLERP.replace("[0, 3]", '["0", "3"]').replace("base_model: models/chat", "base_model: {model: models/chat}")
+    assert_weights(run(cli, text), run(cli, SLERP))
 
 
 def test_weights_may_be_percentages(cli: Cli, here: Path) -> None:
@@ -350,6 +359,20 @@ WRONG = {
     "merge_method: linear\nmodels:\n  - model: a\n    parameters: {weight: [[0, 1], [1]]}\n  - model: c\n": (
         "line 4: 'weight' must be a value, a list of numbers"
     ),
+    "merge_method: linear\nmodels:\n- model: a\n  parameters:\n    weight:\n    - filter: [q, k]\n      value: 1\n": (
+        "line 6: a filter is a part of weights' names, got ['q', 'k']."
+    ),
+    "merge_method: linear\nmodels:\n  - model: {model: {path: a}, lora: b}\n": "line 3: 'a': a model with an adapter",
+    "merge_method: linear\nmodels:\n  - model: {model: {pth: a}}\n": "line 3: unknown key 'pth'. Did you mean 'path'?",
+    "merge_method: karcher\nmodels: [{model: a}, {model: c}]\nparameters:\n  max_iter: 10.5\n": (
+        "line 4: max_iter must be a whole number, got 10.5."
+    ),
+    "merge_method: karcher\nmodels: [{model: a}, {model: c}]\nparameters:\n  max_iter: [1, 10]\n": (
+        "line 4: max_iter is a whole number, and those have no gradient."
+    ),
+    "merge_method: della\nbase_model: b\nparameters:\n  density: 0.1\n  weight: 1\nmodels: [{model: c}]\n": (
+        "line 4: density - epsilon and density + epsilon must lie inside 0 to 1, got density 0.1, epsilon 0.15."
+    ),
     "merge_method: linear\nmodels: [a, c]\n": "line 2: 'models, entry 1' must be a mapping of keys to values, got 'a'.",
     "merge_method: ties\nbase_model: b\nmodels:\n  - model: a\n    parameters:\n      weight: 1\n      density: 53\n": (
         "line 7: density must lie between 0 and 1, got 53. It is a share, not a percentage."
@@ -503,6 +526,20 @@ def test_depth_counts_layers_and_nothing_else() -> None:
 @pytest.mark.parametrize(("depth", "value"), [(0, 0), (0.25, 0.5), (0.5, 1), (0.625, 0.875), (1, 0.5)])
 def test_a_gradient_runs_straight_between_its_numbers(depth: float, value: float) -> None:
     assert evaluate([0, 1, 0.5], "x", depth) == value
+
+
+@pytest.mark.parametrize(("depth", "value"), [(0, True), (0.3, True), (0.5, False), (0.9, False), (1, True)])
+def test_flags_change_from_layer_to_layer_in_steps(depth: float, value: bool) -> None:
+    assert evaluate([True, False, True], "x", depth) is value
+    assert evaluate(["on", 0, "yes"], "x", depth, flag) is value
+
+
+def test_a_gradient_of_flags_holds_layer_by_layer(cli: Cli, here: Path) -> None:
+    got = run(cli, f"{LINEAR}parameters: {{normalize: [true, false]}}\n")
+    chat, code = weights("chat"), weights("code")
+    last = max(int(found[1]) for name in chat if (found := re.search(r"layers\.(\d)", name)))
+    whole = {name: 1.0 if f"layers.{last}." in name else 1.2 for name in chat}
+    assert_weights(got, {name: (0.3 * chat[name] + 0.9 * code[name]) / whole[name] for name in chat}, atol=2e-3)
 
 
 def test_the_first_filter_that_fits_decides_and_none_leaves_it_to_the_next_level() -> None:

@@ -475,3 +475,31 @@ def test_a_limit_on_the_size_of_files_is_told(
     assert cli("merge", "average", "--experts", here / "a", here / "b", "-o", "big") == 1
     assert "Try a smaller --shard-size" in capsys.readouterr().err
     assert not Path("big").exists()
+
+
+@pytest.mark.parametrize(
+    ("listed", "slices", "told"),
+    [
+        ({}, ([0, 1], [0, 2]), "layer 1 of the result, which is layer 0 of {}/mixed"),
+        ({}, ([0, 2], [2, 3]), ""),
+        ({}, ([0, 2], [0, 2]), "layer 3 of the result, which is layer 1 of {}/mixed"),
+        ({"mlp_layer_types": ["dense", "sparse", "dense", "dense"]}, ([0, 1], [0, 2]), ""),
+        ({"sparse_layers": [1]}, ([0, 1], [0, 2]), ""),
+        ({"layer_types": ["full"] * 4}, ([0, 1], [0, 2]), "layer 1 of the result"),
+    ],
+)
+def test_a_layer_of_another_kind_than_its_place_is_told(
+    listed: dict[str, Any], slices: tuple[list[int], ...], told: str, cli: Cli, here: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    mixed = change(
+        here / "a", tmp_path / "mixed",
+        lambda found: {name.replace("layers.1.mlp.", "layers.1.moe."): x for name, x in found.items()},
+    )  # fmt: skip
+    config = json.loads((mixed / "config.json").read_text())
+    (mixed / "config.json").write_text(json.dumps(config | listed))
+    lines = [f"  - sources: [{{model: {mixed}, layer_range: {part}}}]\n" for part in slices]
+    run(cli, f"merge_method: passthrough\nslices:\n{''.join(lines)}", "made")
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert ("may take" in said) == bool(told)
+    assert told.format(tmp_path) in said
