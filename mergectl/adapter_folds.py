@@ -68,10 +68,10 @@ def fold_lora(weight: torch.Tensor, parts: Mapping[str, torch.Tensor], scale: fl
 
 def lora_scale(module: str, rank: int, settings: Mapping[str, Any]) -> float:
     """s = alpha / r, or alpha / sqrt(r); alpha may differ between modules."""
-    alpha = float(settings["lora_alpha"])
+    alpha = 8 if (given := settings.get("lora_alpha")) is None else given  # as in peft
     for pattern, value in (settings.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
-            alpha = float(value)
+            alpha = value
             break
     return alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergectl.adapter_folds import check_lora, factors, fits, fold_ia3, fold_ia3_bias, fold_lora, lora_scale
 from mergectl.errors import UserError
-from mergectl.jsonfiles import read_json, read_record
+from mergectl.jsonfiles import read_adapter, read_record
 from mergectl.layers import NUMBERED
 from mergectl.naming import as_stored, stored_modules
 from mergectl.prefixes import prefixes
@@ -36,7 +37,7 @@ class AdapterCheckpoint(Checkpoint):
 
     def __init__(self, folder: Path, ref: str, open_base: Callable[[str], Checkpoint]) -> None:
         self.folder, self.ref = folder, ref
-        self.settings = read_json(folder / "adapter_config.json")
+        self.settings = read_adapter(folder)
         self.kind = str(self.settings.get("peft_type"))
         if self.kind not in ("LORA", "IA3"):
             raise UserError(f"{ref} is a {self.kind} adapter; only LoRA, DoRA and IA3 can be folded into weights.")
@@ -44,6 +45,7 @@ class AdapterCheckpoint(Checkpoint):
         base = self.settings.get("base_model_name_or_path")
         if not base:
             raise UserError(f"{ref}: adapter_config.json does not name its base model (base_model_name_or_path).")
+        _check_chain(folder, ref)
         try:
             self.base = open_base(_at_revision(str(base), self.settings.get("revision")))
         except UserError as error:
@@ -148,7 +150,7 @@ class AdapterCheckpoint(Checkpoint):
         for one, other in (("A", "B"), ("B", "A"), ("embedding_A", "embedding_B"), ("embedding_B", "embedding_A")):
             if f"lora_{one}" in shapes and f"lora_{other}" not in shapes:
                 raise UserError(f"{self.ref} has lora_{one} of '{module}', but not lora_{other}. Is it whole?")
-        if not fits(weight, shapes, turned=self._turned[module]):
+        if not all(map(math.prod, shapes.values())) or not fits(weight, shapes, turned=self._turned[module]):
             told = ", ".join(f"{part} {list(shape)}" for part, shape in shapes.items())
             raise UserError(
                 f"{self.ref}: the parts for '{module}' ({told}) do not fit its base's weight of shape {list(weight)}."
@@ -288,6 +290,16 @@ def _adapter_file(folder: Path, ref: str) -> Path:
         if (folder / name).exists():
             return folder / name
     raise UserError(f"{ref} has adapter_config.json but no adapter_model.safetensors.")
+
+
+def _check_chain(folder: Path, ref: str) -> None:
+    """Refuse an adapter of itself, or of an adapter of itself."""
+    seen, at = [folder.resolve()], folder
+    while (at / "adapter_config.json").is_file():
+        at = Path(str(read_adapter(at).get("base_model_name_or_path"))).expanduser()
+        if at.resolve() in seen:
+            raise UserError(f"{ref} is an adapter of itself: its adapter_config.json names {at} as its base model.")
+        seen.append(at.resolve())
 
 
 def _at_revision(base: str, revision: str | None) -> str:

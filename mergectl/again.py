@@ -15,7 +15,7 @@ from mergectl.errors import UserError, WorkError
 from mergectl.families import Family, open_family
 from mergectl.jsonfiles import read_json, read_record
 from mergectl.lab import Lab, versions
-from mergectl.merge import MergeJob, merge
+from mergectl.merge import DTYPES, MergeJob, merge
 from mergectl.publish import Target
 from mergectl.refs import ref_of
 from mergectl.supplies import supplies_of
@@ -84,17 +84,20 @@ def job_of(record: Mapping[str, Any], folder: Path) -> MergeJob:
     from mergectl.plan import recipe_of
 
     try:
-        recipe, output = record["recipe"], record.get("output", {})
+        recipe, output = record["recipe"], record.get("output") or {}
         there = folder.resolve().parent / record.get("working_folder", ".")
         inputs = [_found(row, there) for row in record["inputs"]]
         base = next((ref_of(row) for row in inputs if row["role"] == "base"), None)
         refs = [ref_of(row) for row in inputs if row["role"] == "expert"]
         refine = [(step["name"], step["settings"]) for step in recipe["refine"]]
         names = [task if task.rsplit("/", 1)[-1] == short else short for short, task in record["tasks"].items()]
+        dtype = output.get("dtype") or "auto"
+        if dtype != "auto" and dtype not in DTYPES:
+            raise ValueError(f"output.dtype {dtype!r}")
         return MergeJob(
             recipe_of(recipe["method"], recipe["settings"], refine, recipe["seed"]),
-            tuple(zip(names, refs, strict=True)), base, output.get("dtype", "auto"), output.get("export"),
-            output.get("shard_bytes", SHARD_BYTES), output.get("options", {}),
+            tuple(zip(names, refs, strict=True)), base, dtype, output.get("export"),
+            output.get("shard_bytes") or SHARD_BYTES, output.get("options") or {},
         )  # fmt: skip
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{folder / 'mergectl.json'} is no whole record of a merge ({error!r}).") from error

@@ -68,7 +68,12 @@ def _is_model(folder: Path) -> bool:
 def new_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
     """Yield a temporary sibling of `out`; when the block ends well it becomes `out`, else it is removed."""
     check_free(out, force)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if _is_full(error):
+            raise
+        raise UserError(f"{out.parent} cannot be made: {error.strerror}. Choose another -o.") from error
     _remove_stale(out)
     check_free(out, force)  # a folder caught in mid-replacement may be back
     work = out.parent / f".{out.name}.tmp-{os.getpid()}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import functools
 import gc
 import os
@@ -213,6 +214,8 @@ def _explain(error: Exception) -> int:
 
     if isinstance(error, UserError | MethodError | BenchmarkError | StoreError):
         return _say(f"Error: {error}", 2)
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return _say(f"Error: {str(error.filename)[:40]}... is longer than a name may be. Name something else.", 2)
     if isinstance(error, WorkError | OSError | MemoryError):
         return _say(f"Failed: {error or type(error).__name__}", 1)
     return _say(f"Failed, and the fault is ours: {type(error).__name__}: {error}. See it with --debug.", 1)

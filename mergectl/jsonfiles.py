@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 from reprlib import repr  # cuts what is long
-from typing import Any
+from types import UnionType
+from typing import Any, TypeAlias
 
 from mergectl.errors import UserError
 
-TEXT, OBJECT, LIST = (str, "text"), (dict, "an object"), (list, "a list")
-CONFIG: dict[str, tuple[type, str]] = {"model_type": TEXT, "architectures": LIST, "id2label": OBJECT}
-RECORD: dict[str, tuple[type, str]] = {
+Types: TypeAlias = "dict[str, tuple[type | UnionType, str]]"
+
+TEXT, OBJECT, LIST, NUMBER = (str, "text"), (dict, "an object"), (list, "a list"), (int | float, "a number")
+CONFIG: Types = {"model_type": TEXT, "architectures": LIST, "id2label": OBJECT}
+RECORD: Types = {
     "kind": TEXT, "task": TEXT, "kind_of_task": TEXT, "base": TEXT, "base_digest": TEXT, "run": TEXT, "labels": LIST,
     "working_folder": TEXT, "inputs": LIST, "recipe": OBJECT, "tasks": OBJECT, "output": OBJECT,
 }  # fmt: skip
+OUTPUT: Types = {
+    "dtype": TEXT, "export": TEXT, "shard_bytes": (int, "a whole number"), "options": OBJECT, "digest": TEXT,
+}  # fmt: skip
+ADAPTER: Types = {
+    "base_model_name_or_path": TEXT,
+    "revision": TEXT,
+    "lora_alpha": NUMBER,
+    "alpha_pattern": OBJECT,
+}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -46,11 +60,28 @@ def read_record(folder: Path) -> dict[str, Any]:
         return {}
     content = read_json(path)
     _check(path, content, RECORD)
+    _check(path, content.get("output") or {}, OUTPUT, "output.")
     return content
 
 
-def _check(path: Path, content: dict[str, Any], types: dict[str, tuple[type, str]]) -> None:
+def read_adapter(folder: Path) -> dict[str, Any]:
+    """An adapter's settings, as peft writes them."""
+    path = folder / "adapter_config.json"
+    content = read_json(path)
+    _check(path, content, ADAPTER)
+    for pattern, value in (content.get("alpha_pattern") or {}).items():
+        _check(path, {pattern: value}, {pattern: NUMBER}, "alpha_pattern.")
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"{path}: 'alpha_pattern.{pattern}' is no pattern of module names: {error}.") from error
+    return content
+
+
+def _check(path: Path, content: dict[str, Any], types: Types, within: str = "") -> None:
     """Refuse a value of another type than it should be of; null is none given."""
     for key, (kind, called) in types.items():
-        if content.get(key) is not None and not isinstance(content[key], kind):
-            raise UserError(f"{path}: '{key}' should be {called}, not {repr(content[key])}.")
+        value = content.get(key)
+        odd = isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value))
+        if value is not None and (odd or not isinstance(value, kind)):
+            raise UserError(f"{path}: '{within}{key}' should be {called}, not {repr(value)}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -172,6 +173,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "base is gone": ({"base_model_name_or_path": "./gone"}, "is an adapter of ./gone: There is no folder './gone'"),
     "repeated layers": ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
     "a changed base": ({"init_lora_weights": "pissa_niter_16"}, "pissa"),
+    "its own base": ({"base_model_name_or_path": "adapter"}, "is an adapter of itself"),
+    "alpha is text": ({"lora_alpha": "x"}, "'lora_alpha' should be a number, not 'x'"),
+    "alpha is endless": ({"lora_alpha": math.inf}, "'lora_alpha' should be a number, not inf"),
+    "a list of alphas": ({"alpha_pattern": [1]}, "'alpha_pattern' should be an object, not [1]"),
+    "no pattern": ({"alpha_pattern": {"(": 1}}, "'alpha_pattern.(' is no pattern of module names"),
+    "a pattern of text": ({"alpha_pattern": {"query": "z"}}, "'alpha_pattern.query' should be a number, not 'z'"),
 }
 
 
@@ -189,6 +196,25 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
     other = tiny.base(tmp_path / "other", "gpt2")
     with pytest.raises(UserError, match=r"adapts 'bert\..*', which its base .* does not have"):
         open_checkpoint(edited(tmp_path / "adapter", base_model_name_or_path=str(other)))
+
+
+def test_factors_of_rank_zero_are_refused(tmp_path: Path) -> None:
+    adapter(tmp_path, *CASES["lora"])
+    path = tmp_path / "adapter/adapter_model.safetensors"
+    weights = load_file(path)
+    empty = {"lora_A": lambda x: x[:0], "lora_B": lambda x: x[:, :0].contiguous()}
+    shrink = {name: next((f for part, f in empty.items() if part in name), torch.clone) for name in weights}
+    save_file({name: shrink[name](x) for name, x in weights.items()}, path)
+    with pytest.raises(UserError, match="do not fit its base's weight"):
+        open_checkpoint(tmp_path / "adapter")
+
+
+def test_an_adapter_that_names_no_alpha_has_that_of_peft(tmp_path: Path) -> None:
+    adapter(tmp_path, *CASES["lora"])
+    eight = open_checkpoint(edited(tmp_path / "adapter", lora_alpha=8))
+    expected = {name: eight[name] for name in eight.names}
+    unnamed = open_checkpoint(edited(tmp_path / "adapter", lora_alpha=None))
+    assert all(torch.equal(unnamed[name], x) for name, x in expected.items())
 
 
 @pytest.mark.parametrize(("part", "other"), [("lora_A", "lora_B"), ("lora_B", "lora_A")])

@@ -476,6 +476,18 @@ def test_a_setting_without_a_meaning_is_refused_before_tasks_have_names(
     assert "has a meaning only with" in refused(cli, capsys, "merge", *words, *given)
 
 
+@pytest.mark.parametrize("name", ["x" * 300, f"/tmp/{'x' * 300}", f"~/{'x' * 5000}"])
+def test_a_name_longer_than_names_may_be_is_refused(cli: Cli, capsys: Capture, name: str) -> None:
+    err = refused(cli, capsys, "merge", "average", "--experts", f"one={name}", "two=org/two", "-o", "m")
+    assert "is longer than a name may be" in err and len(err) < 200
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc here")
+def test_a_place_that_takes_no_folders_is_refused(cli: Cli, capsys: Capture, population: Path) -> None:
+    err = refused(cli, capsys, *merge_words(population, population / "parity")[:-1], "/proc/x/y")
+    assert "/proc/x cannot be made" in err
+
+
 WORDS = [
     ("merge", "--export three", "--export three: the experts are one, two."),
     ("merge", "--device gpu", "There is no device 'gpu'."),

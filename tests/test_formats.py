@@ -511,11 +511,17 @@ def test_weights_that_were_tampered_with_are_named(cli: Cli, capsys: Capture, po
     assert f"'{name}' differs" in capsys.readouterr().err
 
 
+OUTPUTS: tuple[Any, ...] = (
+    True, {"dtype": "x"}, {"dtype": []}, {"export": []}, {"shard_bytes": []}, {"options": [None]}, {"options": True},
+)  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "spoil",
-    [lambda r: {}, lambda r: {**r, "recipe": 3}, lambda r: {**r, "inputs": [{}]}, lambda r: {**r, "tasks": {}}],
-    ids=["empty", "recipe", "inputs", "tasks"],
-)
+    [lambda r: {}, lambda r: {**r, "recipe": 3}, lambda r: {**r, "inputs": [{}]}, lambda r: {**r, "tasks": {}},
+     *(lambda r, own=own: {**r, "output": own} for own in OUTPUTS)],
+    ids=["empty", "recipe", "inputs", "tasks", *map(str, OUTPUTS)],
+)  # fmt: skip
 def test_a_record_that_is_not_whole_is_refused(cli: Cli, capsys: Capture, population: Path, spoil: Any) -> None:
     assert cli("merge", "average", "--experts", population / "parity", population / "loop", "-o", "m") == 0
     record = json.loads(Path("m/mergectl.json").read_text())
