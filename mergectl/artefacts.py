@@ -5,23 +5,26 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob
+import itertools
 import json
 import os
 import re
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from mergectl.errors import UserError, WorkError
+from mergectl.jsonfiles import read_json
 
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
     "vocab.json", "merges.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "spm.model",
     "spm_char.model", "sentencepiece.model", "source.spm", "target.spm", "target_vocab.json", "bpe.codes", "dict.txt",
-    "entity_vocab.json", "normalizer.json", "tekken.json",
+    "entity_vocab.json", "normalizer.json", "tekken.json", "emoji.json", "*.tiktoken",
+    "additional_chat_templates/*.jinja",
 )  # fmt: skip
 CARRIED = (
     "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "generation_config.json",
@@ -217,14 +220,28 @@ def _json(content: Mapping[str, Any]) -> str:
 
 
 def carry_files(target: Path, *donors: Path) -> None:
-    """Copy tokenizer, image settings and generation settings: the tokenizer as a whole from the first that has one."""
-    tokenizer = next((donor for donor in donors if any((donor / name).exists() for name in TOKENIZER)), None)
-    for name in TOKENIZER:
-        if tokenizer is not None and (tokenizer / name).exists():
-            shutil.copyfile(tokenizer / name, target / name)
-    for name in CARRIED:
-        if source := next((donor / name for donor in donors if (donor / name).exists()), None):
+    """Copy tokenizer, image settings and generation settings: the tokenizer as a whole from the first that has one.
+
+    Where a configuration names Python files of the model's own folder, these are copied, too.
+    """
+    tokenizer = next((found for donor in donors if (found := _found(donor, TOKENIZER))), [])
+    others = (_found(donor, [name]) for name in CARRIED for donor in donors)
+    code = (donor.glob("*.py") for donor in donors if _has_code(donor))
+    for source, name in itertools.chain(tokenizer, *others, *([(path, path.name) for path in paths] for paths in code)):
+        if not (target / name).exists():
+            (target / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source, target / name)
+
+
+def _found(folder: Path, names: Iterable[str]) -> list[tuple[Path, str]]:
+    """Files of a folder by names or patterns, each with its place in the folder."""
+    return [(path, str(path.relative_to(folder))) for name in names for path in sorted(folder.glob(name))]
+
+
+def _has_code(folder: Path) -> bool:
+    """Whether the classes of a model or its tokenizer are written in Python files beside it."""
+    files = (folder / name for name in ("config.json", "tokenizer_config.json"))
+    return any("auto_map" in read_json(path) for path in files if path.exists())
 
 
 def check_space(folder: Path, needed: int) -> None:

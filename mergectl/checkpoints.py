@@ -31,7 +31,7 @@ __all__ = [
     "read_json",
 ]
 
-HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.spm", "*.codes", "*.jinja", "*.md"]
+HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.spm", "*.codes", "*.jinja", "*.md", "*.tiktoken", "*.py"]
 # The same weights once more in their makers' own form, and what training left.
 NOT_FETCHED = ["*consolidated*", "original/*", "*training_args.bin", "*optimizer.bin", "*scheduler.bin"]
 

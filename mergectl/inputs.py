@@ -75,6 +75,7 @@ class Inputs:
             _refuse_odd_types(model)
         for task, expert in experts.items():
             check_names(self.first, expert, task, self.floating)
+            _check_kinds(self.first, expert, task)
 
     def _models(self) -> list[Weights]:
         return [*self.experts.values(), *([] if self.base is None else [self.base])]
@@ -335,6 +336,14 @@ def check_names(base: Weights, expert: Weights, task: str, names: Iterable[str])
         ours, theirs = shape_of(base, name), shape_of(expert, name)
         if ours != theirs:
             raise UserError(f"Weight '{name}' has shape {list(theirs)} in expert '{task}', {list(ours)} in the base.")
+
+
+def _check_kinds(base: Weights, expert: Weights, task: str) -> None:
+    """Refuse an expert that has real numbers where the base has whole ones, or the other way round."""
+    for name in base:
+        if name in expert and is_floating(base, name) != is_floating(expert, name):
+            words = [str(dtype_of(model, name)).removeprefix("torch.") for model in (expert, base)]
+            raise UserError(f"Weight '{name}' is of the type {words[0]} in expert '{task}', {words[1]} in the base.")
 
 
 class Subset(Mapping[str, "torch.Tensor"]):

@@ -45,6 +45,8 @@ def merge_weights(
     """
     if not experts:
         raise UserError("There is no expert to merge. Give at least one.")
+    if base is not None and not base:
+        raise UserError("The base holds no weights. Give its weights, or None where there is no base.")
     base, experts, own = aligned(base, experts, layer_map, depth, head, seed)
     names: Weights = base if base is not None else next(iter(experts.values()))
     shared, alone, heads = split_heads(names, experts)

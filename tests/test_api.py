@@ -220,3 +220,15 @@ def test_a_merge_that_its_type_cannot_hold_is_refused() -> None:
     base, expert = ({"w": torch.full((3,), x, dtype=torch.float16)} for x in (60000.0, 65000.0))
     with pytest.raises(UserError, match=r"The merged 'w' holds numbers that torch\.float16 cannot hold"):
         merge_weights("task_arithmetic", base, {"a": expert}, scale=2.0)
+
+
+@pytest.mark.parametrize(("one", "other"), [([0], [1.0]), ([1.0], [0]), ([True], [1.0])])
+def test_real_numbers_where_the_base_has_whole_ones_are_refused(one: list[Any], other: list[Any]) -> None:
+    base, expert = ({"v": torch.ones(2), "w": torch.tensor(numbers)} for numbers in (one, other))
+    with pytest.raises(UserError, match=r"Weight 'w' is of the type \w+ in expert 'a', \w+ in the base"):
+        merge_weights("average", base, {"a": expert})
+
+
+def test_a_base_without_weights_is_refused() -> None:
+    with pytest.raises(UserError, match="The base holds no weights"):
+        merge_weights("average", {}, EXPERTS)

@@ -635,9 +635,12 @@ def test_a_file_system_that_takes_no_room_beforehand_is_written_all_the_same_and
 
 
 @pytest.mark.parametrize(
-    "name", ["spm.model", "normalizer.json", "generation_config.json", "chat_template.jinja", "chat_template.json"]
-)
+    "name",
+    ["spm.model", "normalizer.json", "generation_config.json", "chat_template.jinja", "chat_template.json",
+     "qwen.tiktoken", "additional_chat_templates/tools.jinja"],
+)  # fmt: skip
 def test_files_of_tokenizers_and_of_generation_are_carried(name: str, cli: Cli, population: Path) -> None:
+    (population / "base" / name).parent.mkdir(exist_ok=True)
     (population / "base" / name).write_text(json.dumps(name))
     experts = [population / "parity", population / "loop"]
     assert cli("merge", "average", "--base", population / "base", "--experts", *experts, "-o", "m") == 0
@@ -652,3 +655,27 @@ def test_a_head_that_only_some_have_is_kept_aside_and_told(cli: Cli, capsys: Cap
     assert told in Path("m/README.md").read_text()
     assert "'two' is merged with none" not in Path("m/README.md").read_text()
     assert torch.equal(load_file("m/tasks/one/head.safetensors")["lm_head.weight"], weights(one)["lm_head.weight"])
+
+
+def test_a_model_that_brings_its_own_code_keeps_it(cli: Cli, tmp_path: Path) -> None:
+    base, one, two = (llama(tmp_path / name, seed) for seed, name in enumerate(("base", "one", "two")))
+    for folder in (base, one):
+        (folder / "configuration_own.py").write_text(
+            "from transformers import LlamaConfig\n\n\nclass OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        )
+        (folder / "modeling_own.py").write_text(
+            "from transformers import LlamaForCausalLM\n\nfrom .configuration_own import OwnConfig\n\n\n"
+            "class Own(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+        )
+    (two / "train.py").write_text("raise SystemExit\n")
+    own = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.Own"}
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "model_type": "own", "auto_map": own}))
+    assert cli("merge", "task_arithmetic", *words(base, one, two)) == 0
+    assert sorted(path.name for path in Path("m").glob("*.py")) == ["configuration_own.py", "modeling_own.py"]
+    from transformers import AutoModelForCausalLM
+
+    with quiet():
+        model = AutoModelForCausalLM.from_pretrained("m", trust_remote_code=True)
+    assert type(model).__name__ == "Own"
+    assert torch.equal(model.model.norm.weight, weights(Path("m"))["model.norm.weight"])
