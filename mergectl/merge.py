@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -64,7 +66,8 @@ def merge(
     if job.export is not None and job.export not in family.experts:
         raise UserError(f"--export {job.export}: the experts are {', '.join(family.experts)}.")
     base = family.population.base if family.has_base else None
-    form = Form(out_dtype(job.dtype, family), job.dtype != "auto", job.shard_bytes)
+    dtypes = out_dtypes(job.dtype, family)
+    form = Form(dtypes, most_common(dtypes, family), job.dtype != "auto", job.shard_bytes)
     stream = merge_stream(job.recipe, base, family.population.experts, supplies=supplies, device=device)
     with artefacts.new_folder(out, force=force) as folder:
         with artefacts.saving(folder):
@@ -83,18 +86,19 @@ def merge(
     return digest
 
 
-def out_dtype(choice: str, family: Family) -> str:
-    """`auto` is the narrowest type that holds those of base and experts, so that no task vector is lost."""
+def out_dtypes(choice: str, family: Family) -> dict[str, str]:
+    """Per weight: `auto` is the narrowest type that holds those of base and experts, so that no task vector is lost."""
+    models = [family.population.base, *family.population.experts.values()]
     if choice != "auto":
-        return DTYPES[choice]
-    view = family.population.base
-    words = [family.base.dtype(own) for own in view.own_name.values()]
-    for expert in family.population.experts.values():
-        words += [family.experts[_task_of(family, expert)].dtype(own) for own in expert.own_name.values()]
-    if set(words) == {"F16", "BF16"}:  # neither holds the other's numbers
-        return "F32"
-    return max(words, key=WIDTH.__getitem__)
+        return dict.fromkeys(models[0], DTYPES[choice])
+    words = {name: {model.dtype(name) for model in models} for name in models[0]}
+    # Neither of the types of 16 bits holds the other's numbers.
+    return {n: "F32" if found == {"F16", "BF16"} else max(found, key=WIDTH.__getitem__) for n, found in words.items()}
 
 
-def _task_of(family: Family, view: object) -> str:
-    return next(task for task, other in family.population.experts.items() if other is view)
+def most_common(dtypes: Mapping[str, str], family: Family) -> str:
+    """Return the type of most of the numbers."""
+    found = Counter[str]()
+    for name, dtype in dtypes.items():
+        found[dtype] += math.prod(family.population.base.shape(name))
+    return found.most_common(1)[0][0]

@@ -37,7 +37,12 @@ Refine = Annotated[
 ]
 Out = Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")]
-Dtype = Annotated[str, typer.Option("--dtype", help="Type of the merged weights: auto, float32, bfloat16, float16.")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        "--dtype", help="Type of the merged weights: float32, bfloat16, float16, or auto: each as its models need."
+    ),
+]
 On = Annotated[list[str] | None, typer.Option("--on", help="Tasks or suites; several may follow.")]
 Split = Annotated[str, typer.Option("--split", help="fit, tune or report.")]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="At most so many rows per task.")]

@@ -28,17 +28,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Form:
-    """How a result is written: the type of merged weights, whether of all others, too, and the size of a file."""
+    """How a result is written: each merged weight's type, that of most, if all others have it, and a file's size."""
 
+    merged: Mapping[str, str]
     dtype: str
     all: bool = False
     shard_bytes: int = SHARD_BYTES
 
-    def dtypes(self, model: Checkpoint, names: Iterable[str], merged: Iterable[str]) -> dict[str, str]:
-        """The type in which each weight of a model is written."""
+    def dtypes(self, model: Checkpoint, names: Iterable[str], merged: Mapping[str, str]) -> dict[str, str]:
+        """The type in which each weight of a model is written; `merged` says which weight of the merge some are."""
         own = {name: model.dtype(name) for name in names}
         chosen = [name for name in own if self.all and own[name] in FLOATING]
-        return own | dict.fromkeys((*chosen, *merged), self.dtype)
+        return own | dict.fromkeys(chosen, self.dtype) | {name: self.merged[of] for name, of in merged.items()}
 
 
 def write_shared(family: Family, stream: Stream, folder: Path, form: Form, progress: Progress) -> None:
@@ -46,7 +47,7 @@ def write_shared(family: Family, stream: Stream, folder: Path, form: Form, progr
     base, population = family.base, family.population
     names = population.base.own_name
     shapes = _whole_shapes(family)
-    dtypes = form.dtypes(base, shapes, [*names.values(), *population.tied])
+    dtypes = form.dtypes(base, shapes, {own: name for name, own in names.items()} | population.tied)
     artefacts.check_space(folder, _needed(family, stream, shapes, dtypes))
     repeats = {of: [own for own, source in population.tied.items() if source == of] for of in population.tied.values()}
     blended: dict[str, torch.Tensor] = {}
@@ -231,7 +232,7 @@ def write_one_task(task: str, family: Family, stream: Stream, folder: Path, form
     index = list(family.experts).index(task)
     shapes = {own: expert.shape(own) for own in expert.names}
     copies = family.population.copies.get(task, {})
-    dtypes = form.dtypes(expert, shapes, [*view.own_name.values(), *copies])
+    dtypes = form.dtypes(expert, shapes, {own: name for name, own in view.own_name.items()} | copies)
     artefacts.check_space(folder, sum(bytes_of(shape, dtypes[name]) for name, shape in shapes.items()))
     rest = set(expert.names)
     owns = {name: [own, *(copy for copy, of in copies.items() if of == name)] for name, own in view.own_name.items()}

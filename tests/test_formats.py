@@ -165,6 +165,19 @@ def test_mixed_types_give_the_widest_and_the_configuration_says_so(cli: Cli, tmp
         torch.testing.assert_close(weight, (a[name] + b[name].float()) / 2, rtol=0, atol=1e-7)
 
 
+@pytest.mark.parametrize("export", [False, True])
+def test_a_weight_of_a_wider_type_widens_no_other(cli: Cli, trio: tuple[Path, Path, Path], export: bool) -> None:
+    wide = {"model.norm.weight": torch.float32, "model.layers.0.input_layernorm.weight": torch.float64}
+    for folder in trio:
+        own = {name: weight.to(wide.get(name, torch.bfloat16)) for name, weight in weights(folder).items()}
+        save_file(own, folder / "model.safetensors", metadata={"format": "pt"})
+    only = ["--export", "one"] if export else []
+    assert cli("merge", "average", *words(*trio), *only) == 0
+    found = {name: weight.dtype for name, weight in weights(Path("m")).items()}
+    assert found == {name: wide.get(name, torch.bfloat16) for name in found}
+    assert json.loads(Path("m/config.json").read_text())["dtype"] == "bfloat16"
+
+
 def test_a_result_that_does_not_fit_its_type_is_refused(
     cli: Cli, capsys: Capture, trio: tuple[Path, Path, Path]
 ) -> None:
