@@ -273,8 +273,9 @@ def test_only_weights_and_texts_are_fetched_from_the_hub(base: Path, monkeypatch
     open_checkpoint("org/name")
     (ask,) = hub.asked
     wanted = ["model.safetensors", "model-00001-of-00002.safetensors", "below/model.safetensors", "config.json",
-              "vocab.txt", "spm.model", "source.spm", "bpe.codes", "chat_template.jinja"]  # fmt: skip
-    there = [*wanted, "modeling.py", "pytorch_model.bin", "tf_model.h5", "model.onnx", "flax_model.msgpack",
+              "vocab.txt", "spm.model", "source.spm", "bpe.codes", "chat_template.jinja",
+                  "modeling.py", "qwen.tiktoken"]  # fmt: skip
+    there = [*wanted, "pytorch_model.bin", "tf_model.h5", "model.onnx", "flax_model.msgpack",
              "rust_model.ot", "consolidated.safetensors", "consolidated.00.pth", "original/model.safetensors",
              "original/consolidated.safetensors"]  # fmt: skip
     fetched = [name for name in there if any(fnmatch(name, pattern) for pattern in ask["allow_patterns"])]
