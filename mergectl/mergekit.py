@@ -308,10 +308,10 @@ def number(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         return None
     try:
-        found = float(value) if isinstance(value, str) else value
-    except ValueError:
+        found = float(value)
+    except (ValueError, OverflowError):
         return None
-    return found if math.isfinite(found) else None
+    return (found if isinstance(value, str) else value) if math.isfinite(found) else None
 
 
 def whole(value: Any) -> int | None:

@@ -373,6 +373,9 @@ WRONG = {
     "merge_method: della\nbase_model: b\nparameters:\n  density: 0.1\n  weight: 1\nmodels: [{model: c}]\n": (
         "line 4: density - epsilon and density + epsilon must lie inside 0 to 1, got density 0.1, epsilon 0.15."
     ),
+    f"merge_method: linear\nmodels: [{{model: a, parameters: {{weight: 1{'0' * 400}}}}}]\n": (
+        "line 2: weight must be a number, got 1"
+    ),
     "merge_method: linear\nmodels: [a, c]\n": "line 2: 'models, entry 1' must be a mapping of keys to values, got 'a'.",
     "merge_method: ties\nbase_model: b\nmodels:\n  - model: a\n    parameters:\n      weight: 1\n      density: 53\n": (
         "line 7: density must lie between 0 and 1, got 53. It is a share, not a percentage."
