@@ -137,10 +137,10 @@ def merge(
     elect: Annotated[str, OneOf([*ELECT, "none"]), "how the sign of each weight is elected"] = "mass",
     combine: Annotated[str, OneOf([*AGREEING, *PLAIN]), "what is taken of the entries that are left"] = "disjoint_mean",
     zero_sign: Annotated[str, OneOf(["majority", "zero", "plus"]), ELECTED, "what a drawn election gives"] = "majority",
-    round_up: Annotated[bool, WHOLE, "keep ceil(dK) + 1 entries of the model, not floor(dK) + 1"] = False,
+    round_up: Annotated[bool, WHOLE, "scope model: keep ceil(dK) + 1 entries, not floor(dK) + 1"] = False,
     compat: Annotated[bool, "trim energy: also keep the last coordinate, as the original code does"] = False,
     weight: Annotated[PerTask, Between(-1e4, 1e4), "of each task, before the election"] = 1.0,
-    exact: Annotated[bool, TOPK, "keep floor(dK) entries, at least one, and what equals the last"] = False,
+    exact: Annotated[bool, TOPK, "trim topk: keep floor(dK) entries, at least one, and what equals the last"] = False,
 ) -> Merged:
     """Yield for each weight what the trimmed task vectors agree on; given signs are used instead of electing."""
     if elect == "none" and signs is None and combine == "disjoint_max":
